@@ -1,7 +1,7 @@
 """pgolf: kernels and a training script for tiny language models under a byte budget.
 
-`from pgolf import ops` gives the operations; the `pgolf` command checks a machine, prepares data, prices a model in bytes
-and scores a run.
+`from pgolf import ops` gives the operations; the `pgolf` command checks a machine, prepares data, prices a model
+in bytes and scores a run.
 """
 
 from pgolf import ops

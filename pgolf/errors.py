@@ -13,7 +13,7 @@ class UserError(PgolfError, ValueError):
 
 
 class DataError(PgolfError, ValueError):
-    """A shard, tokenizer or text file that cannot be used; the message names the file and, where it applies, the offset."""
+    """A shard, tokenizer or text file that cannot be used; the message names the file and the offset."""
 
 
 class ArtifactError(PgolfError, ValueError):

@@ -1,0 +1,1 @@
+"""Data: shards, tokenizers, corpora, loaders."""
