@@ -1,0 +1,99 @@
+// The Python face of csrc/: addresses, sizes and a CUDA stream as integers, and the checks that need no buffer.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_config.h"
+#include "build_info.h"
+#include "cpu_features.h"
+#include "pack_bits.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+const uint8_t* source(uintptr_t address) { return reinterpret_cast<const uint8_t*>(address); }
+uint8_t* target(uintptr_t address) { return reinterpret_cast<uint8_t*>(address); }
+
+void require(bool right, const char* name, int64_t value, const char* accepted) {
+  if (!right) throw py::value_error(std::string(name) + " is " + std::to_string(value) + ", accepted is " + accepted);
+}
+
+void check(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits) {
+  require(bits >= 1 && bits <= 8, "bits", bits, "1 to 8");
+  require(count >= 0, "count", count, "0 or more");
+  require(src != 0 || count == 0, "src", 0, "an address, or 0 with a count of 0");
+  require(dst != 0 || count == 0, "dst", 0, "an address, or 0 with a count of 0");
+}
+
+int check_threads(int64_t threads) {
+  require(threads >= 1, "threads", threads, "1 or more");
+  return static_cast<int>(std::min<int64_t>(threads, 1024));
+}
+
+void pack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, int64_t threads) {
+  check(src, dst, count, bits);
+  pgolf::pack_bits(source(src), target(dst), count, static_cast<int>(bits), check_threads(threads));
+}
+
+void unpack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, bool is_signed, int64_t threads) {
+  check(src, dst, count, bits);
+  pgolf::unpack_bits(source(src), target(dst), count, static_cast<int>(bits), is_signed, check_threads(threads));
+}
+
+#if PGOLF_CUDA
+void throw_if_any(const std::string& problem) {
+  if (!problem.empty()) throw std::runtime_error("CUDA: " + problem);
+}
+
+void pack_bits_cuda(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, uintptr_t stream) {
+  check(src, dst, count, bits);
+  throw_if_any(pgolf::pack_bits_cuda(source(src), target(dst), count, static_cast<int>(bits),
+                                     reinterpret_cast<void*>(stream)));
+}
+
+void unpack_bits_cuda(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, bool is_signed, uintptr_t stream) {
+  check(src, dst, count, bits);
+  throw_if_any(pgolf::unpack_bits_cuda(source(src), target(dst), count, static_cast<int>(bits), is_signed,
+                                       reinterpret_cast<void*>(stream)));
+}
+#endif
+
+py::dict build_info() {
+  const pgolf::BuildInfo info = pgolf::build_info();
+  py::dict result;
+  result["version"] = info.version;
+  result["compiler"] = info.compiler;
+  result["build_type"] = info.build_type;
+  result["cpu_features"] = pgolf::cpu_features();
+  result["cpu_level"] = pgolf::level_name();
+  result["cuda"] = info.cuda;
+  result["cuda_version"] = info.cuda_version;
+  result["cuda_archs"] = info.cuda_archs;
+  result["cuda_reason"] = info.cuda_reason;
+  result["cuda_devices"] = info.cuda_devices;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  using namespace py::literals;
+  module.doc() = "C++ and CUDA operations on raw addresses; use pgolf.ops, which checks its tensors first.";
+
+  module.def("pack_bits", &pack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "threads"_a = 1, Unlocked(),
+             "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`.");
+  module.def("unpack_bits", &unpack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "threads"_a = 1,
+             Unlocked(), "The inverse of pack_bits: `count` bytes at `dst`, sign-extended when `signed`.");
+#if PGOLF_CUDA
+  module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
+             "pack_bits on device addresses of the current CUDA device, queued on `stream`.");
+  module.def("unpack_bits_cuda", &unpack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "stream"_a,
+             Unlocked(), "unpack_bits on device addresses of the current CUDA device, queued on `stream`.");
+#endif
+  module.def("build_info", &build_info, "How the extension was built and what it found on this machine.");
+  module.def("levels", &pgolf::levels, "The code paths that this CPU runs, slowest first.");
+  module.def("level", &pgolf::level_name, "The code path in use.");
+  module.def("set_level", &pgolf::set_level, "name"_a, "Forces one of levels(); ValueError for any other name.");
+}

@@ -1,0 +1,118 @@
+"""Builds csrc/ into `pgolf._native` with CMake and ninja; pyproject.toml holds the metadata.
+
+PGOLF_CUDA        auto (default): build the CUDA half where nvcc is found; if that fails, say why in one line and build
+                  without it. on: the CUDA half must build. off: never.
+PGOLF_CUDA_ARCHS  architectures to compile for, "90a" by default; separate several with spaces, commas or semicolons.
+
+`pgolf._native.build_info()` tells what came of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+ARCH = re.compile(r"\d+[af]?(-real|-virtual)?")
+
+
+class BuildFailed(Exception):
+    """A step of CMake or ninja failed; the message is one line."""
+
+
+def cuda_mode() -> str:
+    mode = os.environ.get("PGOLF_CUDA", "").strip().lower() or "auto"
+    if mode not in ("auto", "on", "off"):
+        sys.exit(f"PGOLF_CUDA={os.environ['PGOLF_CUDA']}: accepted are auto, on and off")
+    return mode
+
+
+def cuda_archs() -> str:
+    archs = re.split(r"[\s,;]+", os.environ.get("PGOLF_CUDA_ARCHS", "").strip() or "90a")
+    for arch in archs:
+        if not ARCH.fullmatch(arch):
+            sys.exit(f"PGOLF_CUDA_ARCHS: '{arch}' is no architecture; accepted are numbers like 90a or 100")
+    return " ".join(archs)
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    names = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def first_error(output: str) -> str:
+    """The line of a build's output that says best what went wrong, fit for a C++ string and one line of a terminal."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for at, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # the text follows on the next lines
+            line = " ".join(lines[at + 1 : at + 3]) or line
+        elif not re.search(r"\b(fatal|error)\b\s*:", line, re.IGNORECASE):
+            continue
+        return " ".join(re.sub(r"[^ -~]|[\\\"]", "'", line).split())[:200]
+    return lines[-1][:200] if lines else "no output"
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        mode, nvcc = cuda_mode(), find_nvcc()
+        if mode == "on" and not nvcc:
+            sys.exit("PGOLF_CUDA=on: nvcc is not in CUDACXX, PATH, CUDA_HOME or /usr/local/cuda")
+        if mode != "off" and nvcc:
+            try:
+                return self.build_with(f"-DPGOLF_CUDA_ARCHS={cuda_archs()}", f"-DCMAKE_CUDA_COMPILER={nvcc}", cuda=True)
+            except BuildFailed as error:
+                reason = f"the CUDA half failed with {nvcc}: {error}"
+                if mode == "on":
+                    sys.exit(f"PGOLF_CUDA=on: {reason}")
+                print(f"pgolf: {reason}; building without CUDA", file=sys.stderr)
+        else:
+            reason = "PGOLF_CUDA=off" if mode == "off" else "nvcc is not in CUDACXX, PATH, CUDA_HOME or /usr/local/cuda"
+        try:
+            self.build_with(f"-DPGOLF_CUDA_REASON={reason}", cuda=False)
+        except BuildFailed as error:
+            sys.exit(f"pgolf: csrc/ does not build: {error}")
+
+    def build_with(self, *options: str, cuda: bool) -> None:
+        """One configure and build; the second, after a failed CUDA half, finds the first one's objects."""
+        import pybind11
+
+        extension = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        self.run_tool(
+            "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={extension.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPGOLF_VERSION={self.distribution.get_version()}",
+            f"-DPGOLF_CUDA={'ON' if cuda else 'OFF'}",
+            *options,
+        )  # fmt: skip
+        self.run_tool("cmake", "--build", folder)
+
+    def run_tool(self, name: str, *arguments: object) -> None:
+        done = subprocess.run(
+            [find_tool(name), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        print(done.stdout, flush=True)
+        if done.returncode:
+            raise BuildFailed(first_error(done.stdout))
+
+
+def find_tool(name: str) -> str:
+    found = shutil.which(name)
+    if not found:
+        sys.exit(f"pgolf: {name} is not in PATH; pip brings it by itself unless --no-build-isolation is given")
+    return found
+
+
+cuda_mode(), cuda_archs()  # a wrong value ends the build before anything is done
+setup(ext_modules=[Extension("pgolf._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
