@@ -1,0 +1,125 @@
+"""The `pgolf` command."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pgolf
+from pgolf.artifact import read_artifact
+from pgolf.data.cli import add_data_parser
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.dataset import validation_split
+from pgolf.distributed import launch
+from pgolf.doctor import add_doctor_parser
+from pgolf.errors import DataError, PgolfError, UserError
+from pgolf.evaluate import evaluate
+from pgolf.machine import compute_dtype
+from pgolf.quantize import model_from_artifact
+from pgolf.run import read_settings
+from pgolf.settings import load_settings
+from pgolf.size import projected_size
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line and status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="pgolf", description="Train and price tiny language models under a byte budget.")
+    parser.add_argument("--version", action="version", version=pgolf.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    add_doctor_parser(commands)
+    add_data_parser(commands)
+
+    score = commands.add_parser("eval", help="score an artifact on a validation split")
+    score.add_argument("target", metavar="RUN_OR_ARTIFACT", help="a run's folder or a .pgolf file")
+    score.add_argument("--data-path", help="folder with *_val_*.bin shards (default: the run's)")
+    score.add_argument("--tokenizer-path", help="SentencePiece model (default: the run's)")
+    score.add_argument("--seq-len", type=int, help="targets a row (default: the run's)")
+    score.add_argument("--json", action="store_true")
+    score.set_defaults(run=run_eval)
+
+    size = commands.add_parser("size", help="parameters and projected bytes of a preset, without training")
+    size.add_argument("--preset", help="preset; environment variables change its settings as in a run")
+    size.add_argument("--json", action="store_true")
+    size.set_defaults(run=run_size)
+
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except PgolfError as error:
+        print(f"pgolf: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `pgolf ... | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_size(arguments: argparse.Namespace) -> int:
+    environ = {**os.environ, "PRESET": arguments.preset} if arguments.preset else None
+    result = projected_size(load_settings(environ))
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"preset {result['preset']}: {result['parameters']:,} parameters")
+    print(f"{'role':12}{'parameters':>14}{'bytes':>14}{'share':>9}")
+    rows = {**result["projected_bytes_by_role"], "code": result["code_bytes"]}
+    for role, size in rows.items():
+        count = result["parameters_by_role"].get(role)
+        print(f"{role:12}{f'{count:,}' if count else '':>14}{size:>14,}{size / result['budget_bytes']:>9.2%}")
+    left = result["budget_bytes"] - result["projected_total_bytes"]
+    print(f"{'left':12}{'':>14}{left:>14,}{left / result['budget_bytes']:>9.2%}")
+    print(f"of {result['budget_bytes']:,} bytes: {'fits' if result['fits_budget'] else 'DOES NOT FIT'} (projected)")
+    return 0
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    target = Path(arguments.target)
+    folder = target if target.is_dir() else target.parent
+    path = target / "model.pgolf" if target.is_dir() else target
+    if not path.is_file():
+        raise UserError(f"{target}: no artifact there; name a run's folder or a .pgolf file")
+    saved = read_settings(folder / "settings.json") if (folder / "settings.json").is_file() else None
+    data_path = arguments.data_path or (saved and saved.data_path)
+    tokenizer_path = arguments.tokenizer_path or (saved and saved.tokenizer_path)
+    if not data_path or not tokenizer_path:
+        raise UserError(f"{path}: no settings.json beside it; name --data-path and --tokenizer-path")
+    artifact = read_artifact(path)
+    tokenizer = Tokenizer(tokenizer_path)
+    if artifact.metadata.get("tokenizer_sha256") != tokenizer.sha256:
+        raise DataError(f"{tokenizer_path}: not the tokenizer that {path} was trained with (their SHA-256 differ)")
+    tokens, token_bytes = validation_split(data_path, tokenizer)
+    seq_len = arguments.seq_len or artifact.metadata["train_seq_len"]
+    if seq_len < 1:
+        raise UserError(f"--seq-len {seq_len}: must be at least 1")
+    with launch() as ranks:
+        model = model_from_artifact(artifact, compute_dtype("auto", ranks.device), ranks.device)
+        score = evaluate(model, tokens, token_bytes, seq_len, saved.val_batch_size if saved else 65_536, ranks)
+    result = {
+        "artifact": str(path),
+        "artifact_bytes": artifact.bytes.total,
+        "val_tokens": score.tokens,
+        "val_bytes": score.bytes,
+        "val_loss": score.loss,
+        "val_bpb": score.bpb,
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(
+            f"{path}: val_bpb {score.bpb:.4f}, val_loss {score.loss:.4f} nats a token, "
+            f"{score.tokens:,} tokens, {score.bytes:,} bytes of text, artifact {artifact.bytes.total:,} bytes"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The data of one run: training shards, the validation split, and the bytes of text behind each of its tokens."""
+
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+
+import brotli
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf.data.prepare import prepare_demo
+from pgolf.data.shards import find_shards, find_sidecars, read_shard
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.distributed import Ranks
+from pgolf.errors import DataError
+from pgolf.settings import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH, Settings
+
+COMPRESSOR_TOKENS = 8_000_000  # what xz and brotli are given at most; enough for both to settle
+
+
+@dataclass(frozen=True)
+class Dataset:
+    tokenizer: Tokenizer
+    train_shards: list[Path]
+    val_tokens: Tensor  # (count,) int32
+    val_token_bytes: Tensor  # (count,) int64; bytes of text of each token, given the one before it
+
+
+def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
+    """Find and check everything; the demo's data are made on first use, by the first rank while the others wait."""
+    if (settings.data_path, settings.tokenizer_path) == (DEMO_DATA_PATH, DEMO_TOKENIZER_PATH):
+        if ranks.first:
+            prepare_demo("data")
+        ranks.wait()
+    tokenizer = Tokenizer(settings.tokenizer_path)
+    if tokenizer.vocab_size != settings.vocab_size:
+        raise DataError(
+            f"VOCAB_SIZE={settings.vocab_size} but {settings.tokenizer_path} has {tokenizer.vocab_size} pieces; "
+            f"set VOCAB_SIZE={tokenizer.vocab_size} or name another TOKENIZER_PATH"
+        )
+    train_shards = shards_of(settings.data_path, "train")
+    val_tokens, val_token_bytes = validation_split(settings.data_path, tokenizer)
+    return Dataset(tokenizer, train_shards, val_tokens, val_token_bytes)
+
+
+def shards_of(data_path: str, split: str) -> list[Path]:
+    if not Path(data_path).is_dir():
+        raise DataError(f"DATA_PATH={data_path}: no such folder; `pgolf data --help` tells how to get data")
+    shards = find_shards(data_path, split)
+    if not shards:
+        raise DataError(f"DATA_PATH={data_path}: no *_{split}_*.bin shards; `pgolf data --help` tells how to get data")
+    return shards
+
+
+def validation_split(data_path: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """All validation tokens in order, and the bytes of each: from the byte sidecar where there is one."""
+    tokens = torch.from_numpy(
+        np.concatenate([read_shard(shard) for shard in shards_of(data_path, "val")]).astype(np.int32)
+    )
+    if len(tokens) < 2:
+        raise DataError(
+            f"{data_path}: the validation split has {len(tokens)} tokens; at least 2 are needed to score one"
+        )
+    if int(tokens.max()) >= tokenizer.vocab_size:
+        raise DataError(
+            f"{data_path}: the validation split has token {int(tokens.max())}, but {tokenizer.path} has only "
+            f"{tokenizer.vocab_size} pieces; they do not belong together"
+        )
+    sidecars = find_sidecars(data_path)
+    if sidecars:
+        counts = torch.from_numpy(np.concatenate([read_shard(sidecar) for sidecar in sidecars]).astype(np.int64))
+        if len(counts) != len(tokens):
+            raise DataError(
+                f"{data_path}: the byte sidecar counts {len(counts)} tokens, the validation split {len(tokens)}"
+            )
+        return tokens, counts
+    counts = tokenizer.byte_table().count(tokens[1:].long(), tokens[:-1].long())
+    return tokens, torch.cat((torch.zeros(1, dtype=torch.int64), counts))
+
+
+def compressors_bpb(dataset: Dataset) -> dict[str, float]:
+    """Bits per byte that general compressors need for the same validation text (its first part, where it is long)."""
+    tokens = dataset.val_tokens[:COMPRESSOR_TOKENS]
+    text = dataset.tokenizer.decode(tokens.tolist()).encode()
+    part = "" if len(tokens) == len(dataset.val_tokens) else f" (first {len(text)} bytes)"
+    sizes = {
+        "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+        "brotli -11": len(brotli.compress(text, quality=11, lgwin=24)),
+    }
+    return {name + part: 8 * size / len(text) for name, size in sizes.items()}

@@ -1,0 +1,86 @@
+"""From trained weights to what the artifact stores, and back.
+
+Matrices and embedding: GPTQ against the Hessian of their inputs, int6 and int8 with one float16 scale a row. Small
+parameters: float16. Hessians come from training batches seen by the trained model, inside the training budget.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from pgolf import ops
+from pgolf.artifact import Artifact, StoredTensor
+from pgolf.distributed import Ranks
+from pgolf.errors import ArtifactError
+from pgolf.model import Model, ModelConfig, role_of
+from pgolf.settings import Settings
+
+
+@torch.inference_mode()
+def collect_hessians(
+    model: Model, batches: Iterable[Tensor], ranks: Ranks, out_of_time: Callable[[], bool]
+) -> dict[str, Tensor]:
+    """Sum of x^T x over the inputs x of every matrix: name -> (count, columns, columns) float32, on the CPU.
+
+    `batches` are token rows (rows, length). Stops early, after at least one batch, when `out_of_time` says so.
+    """
+    device = next(model.parameters()).device
+    hessians = {
+        name: torch.zeros(len(bank) if bank.ndim == 3 else 1, bank.size(-1), bank.size(-1), device=device)
+        for name, bank in model.named_parameters()
+        if role_of(name) != "control"
+    }
+    last: list[Tensor] = [torch.empty(0), torch.empty(0)]  # an input and its x^T x: q, k and v share theirs
+
+    def observe(name: str, index: int, x: Tensor) -> None:
+        if x is not last[0]:
+            flat = x.reshape(-1, x.size(-1))
+            last[:] = [x, (flat.mT @ flat).float() if flat.is_cuda else flat.float().mT @ flat.float()]
+        hessians[name][index] += last[1]
+
+    for tokens in batches:
+        model(tokens.to(device), observe)
+        if ranks.any(out_of_time()):
+            break
+    ranks.sum_(*hessians.values())
+    return {name: hessian.cpu() for name, hessian in hessians.items()}
+
+
+def quantize(model: Model, hessians: dict[str, Tensor], settings: Settings) -> list[StoredTensor]:
+    """Every parameter in its stored form."""
+    stored = []
+    for name, parameter in model.named_parameters():
+        weight, role = parameter.detach().float().cpu(), role_of(name)
+        if role == "control":
+            stored.append(StoredTensor(name, role, tuple(weight.shape), weight.half(), None, 16))
+            continue
+        embedding = role == "embedding"
+        bits = settings.embed_bits if embedding else settings.matrix_bits
+        values, scale = ops.gptq(
+            weight,
+            hessians[name][0] if embedding else hessians[name],
+            bits,
+            clip_sigmas=settings.embed_clip_sigmas if embedding else settings.matrix_clip_sigmas,
+            damping=settings.gptq_damping,
+        )
+        stored.append(StoredTensor(name, role, tuple(weight.shape), values, scale, bits))
+    return stored
+
+
+def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Model:
+    """Build the model that an artifact describes, with the artifact's weights and nothing else."""
+    try:
+        config = ModelConfig(**artifact.metadata["model"])
+        expected = config.shapes()
+    except (KeyError, TypeError, ZeroDivisionError, ValueError) as error:
+        raise ArtifactError(f"artifact: its metadata does not describe a model ({error})") from None
+    found = {name: tensor.shape for name, tensor in artifact.tensors.items()}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise ArtifactError(f"artifact: {wrong[0]} is {found.get(wrong[0])}, the model needs {expected.get(wrong[0])}")
+    model = Model(config, dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(artifact.tensors[name].dequantize(torch.float32))
+    return model.to(device)

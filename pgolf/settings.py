@@ -1,0 +1,234 @@
+"""Every setting of a run: one typed, validated object, filled from a preset and from environment variables.
+
+`PRESET=demo SEED=42 QK_GAIN_INIT=5 torchrun ... train_gpt.py`: each field is set by the variable of its upper-case
+name, as this community's scripts do. A wrong value, or a variable one slip away from a field's name, ends the run with
+one line.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pgolf.errors import UserError
+
+DEMO_DATA_PATH = "data/datasets/demo_sp1024"
+DEMO_TOKENIZER_PATH = "data/tokenizers/demo_1024_bpe.model"
+FINEWEB_DATA_PATH = "data/datasets/fineweb10B_sp1024"
+FINEWEB_TOKENIZER_PATH = "data/tokenizers/fineweb_1024_bpe.model"
+
+
+class Settings(BaseModel):
+    """The resolved settings of one run. The defaults are the challenge's naive baseline."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    preset: str = "baseline"
+    run_id: str = ""  # "" becomes <time>-<preset>-s<seed>
+    out_dir: str = "runs"
+    resume: str = ""  # the folder of an interrupted run
+
+    # data
+    data_path: str = FINEWEB_DATA_PATH  # folder of *_train_*.bin and *_val_*.bin shards
+    tokenizer_path: str = FINEWEB_TOKENIZER_PATH
+    vocab_size: int = Field(1024, ge=2, le=65536)
+
+    # model
+    num_layers: int = Field(9, gt=0)
+    model_dim: int = Field(512, gt=0)
+    num_heads: int = Field(8, gt=0)
+    num_kv_heads: int = Field(4, gt=0)
+    mlp_mult: float = Field(2.0, gt=0)  # hidden width over model width
+    mlp_slope: float = Field(0.0, ge=0, le=1)  # leaky_relu(z, slope)^2; 0 is relu^2
+    rope_base: float = Field(10_000.0, gt=1)
+    qk_gain_init: float = Field(1.5, gt=0)
+    logit_softcap: float = Field(30.0, gt=0)
+    tied_embed_init_std: float = Field(0.005, gt=0)
+
+    # training
+    seed: int = Field(1337, ge=0)
+    iterations: int = Field(20_000, gt=0)  # optimiser steps at most
+    max_wallclock_seconds: float = Field(600.0, gt=0)  # training, calibration included
+    max_eval_seconds: float = Field(600.0, gt=0)
+    train_batch_tokens: int = Field(524_288, gt=0)  # a step, over all ranks
+    micro_batch_tokens: int = Field(65_536, gt=0)  # a forward pass, on one rank
+    train_seq_len: int = Field(1024, gt=0)
+    warmup_steps: int = Field(20, ge=0)  # untimed; weights and optimiser are restored after
+    warmdown_frac: float = Field(0.08, ge=0, le=1)  # last part of the budget, in which the learning rate falls
+    min_lr_frac: float = Field(0.0, ge=0, le=1)
+    grad_clip_norm: float = Field(0.0, ge=0)  # 0: none
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: none
+
+    # optimiser
+    matrix_lr: float = Field(0.04, ge=0)
+    tied_embed_lr: float = Field(0.05, ge=0)
+    scalar_lr: float = Field(0.04, ge=0)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_momentum_warmup_start: float = Field(0.85, ge=0, lt=1)
+    muon_momentum_warmup_steps: int = Field(500, ge=0)
+    muon_backend_steps: int = Field(5, gt=0)
+    muon_coefficients: Literal["quintic", "polar_express"] = "quintic"
+    muon_row_normalize: bool = False  # MuonEq-R
+    muon_weight_decay: float = Field(0.0, ge=0)
+    adam_weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+
+    # quantisation and artifact
+    matrix_bits: int = Field(6, ge=2, le=8)
+    embed_bits: int = Field(8, ge=2, le=8)
+    matrix_clip_sigmas: float = Field(12.85, gt=0)
+    embed_clip_sigmas: float = Field(20.0, gt=0)
+    gptq_damping: float = Field(0.01, gt=0)
+    gptq_calibration_batches: int = Field(16, gt=0)  # of train_batch_tokens
+    gptq_reserve_seconds: float = Field(8.0, ge=0)  # kept back from training for calibration
+    budget_bytes: int = Field(16_000_000, gt=0)  # code + artifact
+
+    # logging and machine
+    val_loss_every: int = Field(1000, ge=0)  # 0: only at the end
+    val_batch_size: int = Field(65_536, gt=0)  # tokens a forward pass, on one rank
+    train_log_every: int = Field(200, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on where there is a GPU
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> "Settings":
+        def need(holds: bool, message: str) -> None:
+            if not holds:
+                raise ValueError(message)
+
+        head_dim, rest = divmod(self.model_dim, self.num_heads)
+        need(rest == 0, f"MODEL_DIM={self.model_dim} must be a multiple of NUM_HEADS={self.num_heads}")
+        need(head_dim % 2 == 0, f"MODEL_DIM / NUM_HEADS = {head_dim} must be even, for rotary embeddings")
+        need(
+            self.num_heads % self.num_kv_heads == 0,
+            f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}",
+        )
+        hidden = self.mlp_mult * self.model_dim
+        need(hidden == int(hidden), f"MLP_MULT={self.mlp_mult:g} x MODEL_DIM={self.model_dim} must be a whole number")
+        for name in ("train_batch_tokens", "micro_batch_tokens"):
+            value = getattr(self, name)
+            need(
+                value % self.train_seq_len == 0,
+                f"{name.upper()}={value} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}",
+            )
+        need(
+            self.gptq_reserve_seconds < self.max_wallclock_seconds,
+            f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} leaves no time to train: "
+            f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} of it are kept for calibration",
+        )
+        need(
+            self.run_id == Path(self.run_id).name and self.run_id not in (".", ".."),
+            f"RUN_ID={self.run_id!r} must be a plain file name",
+        )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out_dir) / self.run_id
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The challenge's naive baseline: 1.2244 bpb in 600 s on 8 H100 (13,780 steps).
+    "baseline": {},
+    # Small enough for two CPU cores, on text that every Python installation carries.
+    "demo": {
+        "data_path": DEMO_DATA_PATH,
+        "tokenizer_path": DEMO_TOKENIZER_PATH,
+        "num_layers": 6,
+        "model_dim": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_mult": 3.0,
+        "mlp_slope": 0.5,
+        "qk_gain_init": 4.0,
+        "max_wallclock_seconds": 130.0,
+        "gptq_reserve_seconds": 6.0,
+        "train_batch_tokens": 4096,
+        "micro_batch_tokens": 4096,
+        "train_seq_len": 256,
+        "warmup_steps": 1,
+        "warmdown_frac": 0.6,
+        "min_lr_frac": 0.05,
+        "grad_clip_norm": 1.0,
+        "ema_decay": 0.97,
+        "matrix_lr": 0.03,
+        "tied_embed_lr": 0.03,
+        "scalar_lr": 0.02,
+        "muon_momentum_warmup_steps": 100,
+        "muon_coefficients": "polar_express",
+        "muon_row_normalize": True,
+        "muon_weight_decay": 0.05,
+        "val_loss_every": 0,
+        "val_batch_size": 8192,
+        "train_log_every": 20,
+    },
+}
+
+
+def default_preset(cuda: bool) -> str:
+    """`baseline` where there is a GPU and FineWeb is at hand, else `demo`."""
+    return "baseline" if cuda and any(Path(FINEWEB_DATA_PATH).glob("*_train_*.bin")) else "demo"
+
+
+def load_settings(environ: Mapping[str, str] | None = None, preset: str | None = None, cuda: bool = False) -> Settings:
+    """Resolve preset and variables; `UserError` with one line for whatever cannot be used."""
+    environ = os.environ if environ is None else environ
+    _refuse_near_names(environ)
+    given = {name: environ[name.upper()] for name in Settings.model_fields if name.upper() in environ}
+    preset = given.pop("preset", None) or preset or default_preset(cuda)
+    if preset not in PRESETS:
+        raise UserError(f"PRESET={preset}: no such preset; accepted are {', '.join(sorted(PRESETS))}")
+    given = {name: value.strip() for name, value in given.items()}
+    if "run_id" not in given:
+        seed = given.get("seed", PRESETS[preset].get("seed", Settings.model_fields["seed"].default))
+        given["run_id"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}-s{seed}"
+    return validate({"preset": preset, **PRESETS[preset], **given})
+
+
+def validate(values: dict[str, Any]) -> Settings:
+    """Build `Settings`, turning the first thing that is wrong into one line."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:  # a rule between several fields; its message names them
+            raise UserError(str(first["ctx"]["error"])) from None
+        name = str(first["loc"][0])
+        if name not in Settings.model_fields:
+            raise UserError(f"{name}: no such setting") from None
+        message = first["msg"].removeprefix("Input should be ")
+        raise UserError(f"{name.upper()}={first['input']}: must be {message}") from None
+
+
+def _refuse_near_names(environ: Mapping[str, str]) -> None:
+    fields = {name.upper() for name in Settings.model_fields}
+    for variable in environ:
+        if variable in fields:
+            continue
+        for field in fields:
+            allowed = 1 if len(field) < 10 else 2
+            if len(field) >= 4 and _edit_distance(variable.upper(), field, allowed) <= allowed:
+                raise UserError(f"{variable}={environ[variable]}: no such setting; did you mean {field}?")
+
+
+def _edit_distance(a: str, b: str, limit: int) -> float:
+    """Insertions, deletions, substitutions and swaps of neighbours that turn `a` into `b`; infinite past `limit`."""
+    if abs(len(a) - len(b)) > limit:
+        return math.inf
+    before, previous = [], list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        current = [i]
+        for j, y in enumerate(b, 1):
+            cost = min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, before[j - 2] + 1)
+            current.append(cost)
+        before, previous = previous, current
+    return previous[-1]

@@ -1,0 +1,151 @@
+"""One run, told top to bottom: settings, data, training, quantisation, artifact, and its score as a stranger would find it.
+
+    torchrun --standalone --nproc_per_node=1 train_gpt.py                 # demo: real text, no GPU, nothing downloaded
+    PRESET=baseline torchrun --standalone --nproc_per_node=8 train_gpt.py # the challenge's baseline, FineWeb under data/
+
+Every setting of pgolf/settings.py is an environment variable of its upper-case name. How things are done is in pgolf/.
+"""
+
+import sys
+
+import torch
+
+from pgolf.artifact import read_artifact, write_artifact
+from pgolf.attention import BACKEND as ATTENTION
+from pgolf.data.loader import TokenLoader
+from pgolf.dataset import compressors_bpb, open_dataset
+from pgolf.distributed import Ranks, launch
+from pgolf.errors import PgolfError
+from pgolf.evaluate import evaluate
+from pgolf.machine import compute_dtype
+from pgolf.model import Model, ModelConfig
+from pgolf.quantize import collect_hessians, model_from_artifact, quantize
+from pgolf.run import Run, settings_of_run
+from pgolf.settings import Settings
+from pgolf.size import code_bytes
+from pgolf.train import Trainer
+
+
+def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
+    # Data
+    with run.timed("data"):
+        data = open_dataset(settings, ranks)
+        loader = TokenLoader(
+            data.train_shards,
+            settings.train_seq_len,
+            settings.train_batch_tokens,
+            settings.seed,
+            ranks.rank,
+            ranks.world_size,
+            vocab_size=settings.vocab_size,
+        )
+    run.log(f"train_loader:dataset:{settings.data_path} train_shards:{len(data.train_shards)}")
+    run.log(f"val_loader:tokens:{len(data.val_tokens) - 1} bytes:{int(data.val_token_bytes[1:].sum())}")
+
+    # Model
+    torch.manual_seed(settings.seed)
+    torch.set_float32_matmul_precision("high")
+    dtype = compute_dtype(settings.dtype, ranks.device)
+    config = ModelConfig.of(settings)
+    model = Model(config, dtype).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
+    trainer = Trainer(model, loader, settings, ranks, run)
+    precision = str(dtype).removeprefix("torch.")
+    run.note(parameters=config.parameters(), attention=ATTENTION, compile=trainer.compiled, dtype=precision)
+    run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
+    run.log(f"attention:{ATTENTION} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
+
+    # Train, then calibrate with what is left of the wall-clock budget
+    with run.timed("warmup"):
+        trainer.warm_up()
+    if settings.resume:
+        trainer.load()
+    before = trainer.used_seconds
+    trainer.train()
+    run.seconds["train"] = trainer.used_seconds - before
+    with run.timed("calibration"):
+        hessians = collect_hessians(model, trainer.calibration_batches(), ranks, trainer.countdown())
+    used = trainer.used_seconds + run.seconds["calibration"]
+    run.note(
+        steps=trainer.step,
+        tokens_seen=trainer.step * settings.train_batch_tokens,
+        train_seconds=trainer.used_seconds,
+        step_ms=1000 * trainer.used_seconds / max(trainer.step, 1),
+        wallclock_used_seconds=used,
+        within_wallclock=used <= settings.max_wallclock_seconds,
+    )
+    run.log(f"wallclock:{used:.2f}s of {settings.max_wallclock_seconds:g}s, calibration included")
+
+    # Quantise and write the artifact
+    artifact_path = run.folder / "model.pgolf"
+    if ranks.first:
+        with run.timed("quantize"):
+            tensors = quantize(model, hessians, settings)
+        with run.timed("pack"):
+            metadata = {
+                "model": config.as_dict(),
+                "train_seq_len": settings.train_seq_len,
+                "tokenizer_sha256": data.tokenizer.sha256,
+            }
+            write_artifact(artifact_path, tensors, metadata)
+    ranks.wait()
+
+    # Score the weights as trained, then the file alone
+    def score(scored: Model):
+        return evaluate(
+            scored, data.val_tokens, data.val_token_bytes, settings.train_seq_len, settings.val_batch_size, ranks
+        )
+
+    with run.timed("evaluate_float"):
+        float_score = score(model)
+    run.log(f"step:{trainer.step} val_loss:{float_score.loss:.4f} val_bpb:{float_score.bpb:.4f}")
+    run.metric(
+        "val", step=trainer.step, val_loss=float_score.loss, val_bpb=float_score.bpb, train_seconds=trainer.used_seconds
+    )
+    with run.timed("evaluate"):
+        artifact = read_artifact(artifact_path)
+        final = score(model_from_artifact(artifact, dtype, ranks.device))
+    run.log(f"final_artifact_roundtrip_exact val_loss:{final.loss:.8f} val_bpb:{final.bpb:.8f}")
+
+    # Where every byte of the budget went, and what other compressors make of the same text
+    code = code_bytes()
+    total = artifact.bytes.total + code
+    by_role = {**artifact.bytes.roles, "container": artifact.bytes.container, "code": code}
+    run.note(
+        val_loss_float=float_score.loss,
+        val_bpb_float=float_score.bpb,
+        val_loss_quantized=final.loss,
+        val_bpb_quantized=final.bpb,
+        val_tokens=final.tokens,
+        val_bytes=final.bytes,
+        artifact_bytes=artifact.bytes.total,
+        code_bytes=code,
+        total_bytes=total,
+        fits_budget=total <= settings.budget_bytes,
+        within_eval=run.seconds["evaluate"] <= settings.max_eval_seconds,
+        bytes_by_role={**by_role, "left": settings.budget_bytes - total},
+    )
+    for name, size in by_role.items():
+        run.log(f"bytes {name}:{size}")
+    run.log(f"Total submission size: {total} bytes of {settings.budget_bytes}, left: {settings.budget_bytes - total}")
+    if ranks.first:
+        with run.timed("compressors"):
+            others = compressors_bpb(data)
+        run.note(compressors_bpb=others)
+        run.log("same text: " + " ".join(f"{name}:{bpb:.4f}bpb" for name, bpb in others.items()))
+    run.close()
+    run.log(f"report:{run.folder / 'report.html'} total_time:{run.seconds['total']:.1f}s")
+
+
+def main() -> int:
+    try:
+        settings = settings_of_run(cuda=torch.cuda.is_available())
+        with launch(settings.device) as ranks, Run(settings, ranks) as run:
+            run_training(settings, ranks, run)
+        return 0
+    except PgolfError as error:
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
