@@ -1,9 +1,9 @@
-"""One run, told top to bottom: settings, data, training, quantisation, artifact, and its score as a stranger would find it.
+"""One run, told top to bottom: settings, data, training, quantisation, artifact, and the artifact's score.
 
-    torchrun --standalone --nproc_per_node=1 train_gpt.py                 # demo: real text, no GPU, nothing downloaded
-    PRESET=baseline torchrun --standalone --nproc_per_node=8 train_gpt.py # the challenge's baseline, FineWeb under data/
+    torchrun --standalone --nproc_per_node=1 train_gpt.py                  # demo: real text, no GPU, no download
+    PRESET=baseline torchrun --standalone --nproc_per_node=8 train_gpt.py  # the challenge's baseline on FineWeb
 
-Every setting of pgolf/settings.py is an environment variable of its upper-case name. How things are done is in pgolf/.
+Every setting of pgolf/settings.py is an environment variable of its upper-case name.
 """
 
 import sys

@@ -96,9 +96,8 @@ class Trainer:
                 if settings.train_log_every and (self.step <= 10 or self.step % settings.train_log_every == 0):
                     self._log_step(loss, scale, used_before + time.perf_counter() - begin - validation_seconds)
         if stop:
-            run.log(
-                f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{self.step}/{settings.iterations}"
-            )
+            where = f"step:{self.step}/{settings.iterations}"
+            run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
         self.save()  # what follows can be repeated from here
         if self.ema and self.ema.updates:
             self.ema.copy_to_parameters()
@@ -114,7 +113,7 @@ class Trainer:
         return lambda: time.perf_counter() >= end
 
     def _one_step(self, scale: float) -> torch.Tensor:
-        """Forward and backward over this rank's rows in micro-batches, sum over ranks, update. The mean loss, on the device."""
+        """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
         settings = self.settings
         inputs, targets = (x.to(self.device, non_blocking=True) for x in self.loader.next_batch())
         total = torch.zeros((), device=self.device)
@@ -192,7 +191,7 @@ class Trainer:
 
 
 def lr_scale(settings: Settings, step: int, elapsed_seconds: float, limit_seconds: float) -> float:
-    """1, then falling in a straight line to MIN_LR_FRAC over the last WARMDOWN_FRAC of the budget (steps or time, what ends first)."""
+    """1, then a straight line to MIN_LR_FRAC over the last WARMDOWN_FRAC of the budget: steps or time, what ends first."""
     done = max(step / settings.iterations, elapsed_seconds / limit_seconds)
     if done <= 1.0 - settings.warmdown_frac:
         return 1.0
