@@ -1,0 +1,77 @@
+"""Settings: presets, environment variables, and one clear line for everything that cannot be used."""
+
+import json
+
+import pytest
+
+from pgolf.errors import UserError
+from pgolf.settings import PRESETS, Settings, default_preset, load_settings, validate
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_is_valid_and_survives_json(preset):
+    settings = load_settings({"PRESET": preset})
+    assert settings.preset == preset
+    assert validate(json.loads(json.dumps(settings.model_dump()))) == settings
+
+
+def test_every_field_is_set_by_its_upper_case_name():
+    settings = load_settings({"PRESET": "demo", "SEED": "42", "QK_GAIN_INIT": "5.25", "MUON_ROW_NORMALIZE": "0"})
+    assert (settings.seed, settings.qk_gain_init, settings.muon_row_normalize) == (42, 5.25, False)
+    assert settings.model_dim == PRESETS["demo"]["model_dim"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"PRESET": "dmeo"}, ["PRESET", "dmeo", "demo"]),
+        ({"MODEL_DIM": "abc"}, ["MODEL_DIM", "abc", "integer"]),
+        ({"MODEL_DIM": ""}, ["MODEL_DIM", "integer"]),
+        ({"MODEL_DIM": "-4"}, ["MODEL_DIM", "-4", "greater than 0"]),
+        ({"QK_GAIN_INIT": "nan"}, ["QK_GAIN_INIT", "nan"]),
+        ({"MATRIX_BITS": "9"}, ["MATRIX_BITS", "9", "8"]),
+        ({"DEVICE": "tpu"}, ["DEVICE", "tpu", "cuda"]),
+        ({"COMPILE": "maybe"}, ["COMPILE", "maybe", "auto"]),
+        ({"SEDD": "1"}, ["SEDD", "SEED"]),
+        ({"SEDE": "1"}, ["SEDE", "SEED"]),
+        ({"TRAIN_BATCH_TOKEN": "1024"}, ["TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"]),
+        ({"max_walclock_seconds": "5"}, ["max_walclock_seconds", "MAX_WALLCLOCK_SECONDS"]),
+        ({"MODEL_DIM": "250", "NUM_HEADS": "4"}, ["MODEL_DIM=250", "NUM_HEADS=4"]),
+        ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS", "NUM_KV_HEADS=3"]),
+        ({"TRAIN_BATCH_TOKENS": "1000"}, ["TRAIN_BATCH_TOKENS=1000", "TRAIN_SEQ_LEN"]),
+        ({"MLP_MULT": "0.501"}, ["MLP_MULT", "whole"]),
+        ({"MAX_WALLCLOCK_SECONDS": "1"}, ["MAX_WALLCLOCK_SECONDS=1", "GPTQ_RESERVE_SECONDS"]),
+        ({"RUN_ID": "../elsewhere"}, ["RUN_ID", "file name"]),
+    ],
+)
+def test_bad_values_and_near_names_are_one_line(environ, named):
+    with pytest.raises(UserError) as error:
+        load_settings({"PRESET": "demo", **environ})
+    message = str(error.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+def test_unrelated_variables_are_left_alone():
+    environ = {"PRESET": "demo", "HOME": "/", "PATH": "", "USER": "x", "SEEDLINGS": "1", "TERM": "x", "DEVICE_ORDER": "1"}
+    assert load_settings(environ).preset == "demo"
+
+
+def test_unknown_field_in_a_settings_file_is_named():
+    with pytest.raises(UserError, match="colour: no such setting"):
+        validate({"colour": 1})
+
+
+def test_without_gpu_or_fineweb_the_default_is_the_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_preset(cuda=False) == default_preset(cuda=True) == "demo"
+    shards = tmp_path / Settings().data_path
+    shards.mkdir(parents=True)
+    (shards / "fineweb_train_000000.bin").touch()
+    assert default_preset(cuda=True) == "baseline"
+    assert default_preset(cuda=False) == "demo"
+
+
+def test_run_ids_are_made_from_time_preset_and_seed():
+    assert load_settings({"PRESET": "demo", "SEED": "7"}).run_id.endswith("-demo-s7")
