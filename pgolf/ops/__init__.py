@@ -1,1 +1,28 @@
-"""Operations."""
+"""Operations: one file each, with a definition in plain PyTorch that every kernel is tested against.
+
+`available()` tells what runs on this machine, `backend(name)` or `PGOLF_BACKEND` forces an implementation.
+"""
+
+from pgolf.ops.backends import Availability, BackendUnavailable, available, backend, fallbacks, used
+from pgolf.ops.gptq import gptq
+from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
+from pgolf.ops.newton_schulz import newton_schulz
+from pgolf.ops.pack_bits import pack_bits, unpack_bits
+from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
+from pgolf.ops.unpack_dequantize import unpack_dequantize
+
+__all__ = [
+    "Availability",
+    "BackendUnavailable",
+    "available",
+    "backend",
+    "fallbacks",
+    "gptq",
+    "leaky_relu2_mlp",
+    "newton_schulz",
+    "pack_bits",
+    "softcapped_cross_entropy",
+    "unpack_bits",
+    "unpack_dequantize",
+    "used",
+]

@@ -1,0 +1,204 @@
+"""Which implementation of an operation runs: `reference` (plain PyTorch), `native` (C++/CUDA) or `triton`.
+
+The choice is made from the device of the tensors at the time of the call: the first backend in the order of
+registration that works on that device, else `reference`. On CUDA, falling back to `reference` warns once for each
+operation and is remembered in `fallbacks()`. `PGOLF_BACKEND=name` or `with backend(name):` forces one backend for
+every operation; where an operation lacks it, `BackendUnavailable` tells why and what mends it.
+
+Operations ask `choose` in one of two places, and `torch.compile(fullgraph=True)` keeps one graph in both:
+
+- inside a registered `torch.library` operation, which the compiler does not look into (`pack_bits`): the choice is made
+  at every call, compiled or not;
+- in traced Python (`newton_schulz`), where the plain definition is left open to the compiler for fusion: the choice
+  is a constant of the graph, and a forced backend is a guard of it, so forcing another one compiles anew.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+
+_devices: dict[str, dict[str, tuple[str, ...]]] = {}  # operation -> backend -> device types, preferred backend first
+_used: dict[str, str] = {}
+_fallbacks: list[str] = []
+_forced: str | None = None
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was forced that an operation does not have on this machine or for these tensors."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run; `reason` says where or why not, `mend` is what to do about it ("" if nothing)."""
+
+    ok: bool
+    reason: str = ""
+    mend: str = ""
+
+
+def register(op: str, **devices: tuple[str, ...]) -> None:
+    """Announce the kernels of `op`: `register("pack_bits", native=("cpu", "cuda"))`. `reference` is always there.
+
+    With several kernels for one device type, the first named is preferred.
+    """
+    for name in devices:
+        _check_name(name)
+    _devices[op] = devices
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for every operation of this process while the block runs. Nests; restores on an exception."""
+    global _forced
+    _check_name(name)
+    outer, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+def choose(op: str, device_type: str) -> str:
+    """Name of the backend that runs `op` on tensors of `device_type` ("cpu", "cuda", ...)."""
+    return _choose(op, device_type, _forced)
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, device_type: str, forced: str | None) -> str:
+    # Under torch.compile this runs once, at trace time: the book-keeping below is not part of any graph.
+    if forced is None:
+        forced = os.environ.get("PGOLF_BACKEND") or None
+        if forced is not None:
+            _check_name(forced, "PGOLF_BACKEND")
+    if forced is not None:
+        found = _availability(op, forced, device_type)
+        if not found.ok:
+            raise BackendUnavailable(
+                f"{op}: backend {forced!r} cannot run on {device_type}: {found.reason}"
+                + (f" (mend: {found.mend})" if found.mend else "")
+            )
+        chosen = forced
+    else:
+        chosen = _preferred(op, device_type)
+    _used[op] = chosen
+    return chosen
+
+
+def _preferred(op: str, device_type: str) -> str:
+    kernels = _devices[op]
+    for name, device_types in kernels.items():
+        if device_type in device_types and _availability(op, name, device_type).ok:
+            return name
+    if device_type == "cuda" and op not in _fallbacks:
+        _fallbacks.append(op)
+        reasons = [f"{name}: {_availability(op, name, 'cuda').reason}" for name in kernels] or ["no kernel yet"]
+        warnings.warn(f"pgolf: {op} runs as plain PyTorch on CUDA ({'; '.join(reasons)})", stacklevel=4)
+    return "reference"
+
+
+def available() -> dict[str, dict[str, Availability]]:
+    """For every operation and backend: can it run on this machine, where or why not, and the mend."""
+    return {op: {name: _anywhere(op, name) for name in BACKENDS} for op in sorted(_devices)}
+
+
+def used() -> dict[str, str]:
+    """The backend that each operation chose last, since the process started."""
+    return dict(_used)
+
+
+def fallbacks() -> list[str]:
+    """Operations that ran as `reference` on CUDA because no kernel could, in order of first use."""
+    return list(_fallbacks)
+
+
+def native() -> ModuleType:
+    """The compiled module `pgolf._native`."""
+    return importlib.import_module("pgolf._native")
+
+
+def _check_name(name: str, where: str = "backend") -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: unknown backend {name!r}; accepted are {', '.join(BACKENDS)}")
+
+
+def _anywhere(op: str, name: str) -> Availability:
+    """Availability of a backend on the best device type of this machine, with a word on the others."""
+    if name == "reference":
+        return Availability(True, "everywhere")
+    device_types = _devices[op].get(name, ())
+    if not device_types:
+        return Availability(False, f"{op} has no {name} kernel")
+    if name == "triton" and _interpreting():
+        device_types = ("cpu",)
+    found = {device_type: _availability(op, name, device_type) for device_type in device_types}
+    good = [device_type for device_type, answer in found.items() if answer.ok]
+    if not good:
+        return next(iter(found.values()))
+    missing = [f"not on {device_type}: {answer.reason}" for device_type, answer in found.items() if not answer.ok]
+    return Availability(True, "; ".join(["on " + " and ".join(good), *missing]))
+
+
+def _availability(op: str, name: str, device_type: str) -> Availability:
+    if name == "reference":
+        return Availability(True, "everywhere")
+    device_types = _devices[op].get(name, ())
+    if not device_types:
+        return Availability(False, f"{op} has no {name} kernel")
+    if name == "triton":
+        return _triton(device_type)
+    if device_type not in device_types:
+        return Availability(False, f"{op} has no {name} kernel for {device_type}")
+    return _native_cuda() if device_type == "cuda" else _native_cpu()
+
+
+@lru_cache
+def _native_cpu() -> Availability:
+    try:
+        native()
+    except ImportError as error:
+        reason = "pgolf._native is not built" if importlib.util.find_spec("pgolf._native") is None else str(error)
+        return Availability(False, reason, "build it with: pip install -e .")
+    return Availability(True)
+
+
+@lru_cache
+def _native_cuda() -> Availability:
+    built = _native_cpu()
+    if not built.ok:
+        return built
+    info = native().build_info()
+    if not info["cuda"]:
+        return Availability(
+            False,
+            f"pgolf._native was built without CUDA ({info['cuda_reason']})",
+            "install the CUDA toolkit (nvcc), then: PGOLF_CUDA=on pip install -e .",
+        )
+    if not torch.cuda.is_available():
+        return Availability(False, "PyTorch finds no CUDA device", "run on a machine with an NVIDIA GPU")
+    return Availability(True)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _triton(device_type: str) -> Availability:
+    if importlib.util.find_spec("triton") is None:
+        return Availability(False, "triton is not installed", "pip install triton (Linux only)")
+    if _interpreting() or (device_type == "cuda" and torch.cuda.is_available()):
+        return Availability(True)
+    return Availability(
+        False,
+        "triton needs a CUDA device",
+        "run on a machine with an NVIDIA GPU, or set TRITON_INTERPRET=1 to test on CPU",
+    )
