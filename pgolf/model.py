@@ -97,7 +97,6 @@ class Model(nn.Module):
         self.config, self.dtype = config, dtype
         for name, shape in config.shapes().items():
             self.register_parameter(name, nn.Parameter(torch.ones(shape)))
-        self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "Model":
@@ -168,13 +167,10 @@ class Model(nn.Module):
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, (length, 1, head_dim / 2) each, in the compute dtype."""
-        key = (length, device)
-        if key not in self._rotary:
-            half = self.config.head_dim // 2
-            frequency = self.config.rope_base ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
-            angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency).unsqueeze(1)
-            self._rotary[key] = (angle.cos().to(self.dtype), angle.sin().to(self.dtype))
-        return self._rotary[key]
+        half = self.config.head_dim // 2
+        frequency = self.config.rope_base ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
+        angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency).unsqueeze(1)
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
 
 def norm(x: Tensor) -> Tensor:

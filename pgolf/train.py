@@ -191,7 +191,7 @@ class Trainer:
 
 
 def lr_scale(settings: Settings, step: int, elapsed_seconds: float, limit_seconds: float) -> float:
-    """1, then a straight line to MIN_LR_FRAC over the last WARMDOWN_FRAC of the budget: steps or time, what ends first."""
+    """1, then a straight line to MIN_LR_FRAC over the last WARMDOWN_FRAC of the budget (steps or time)."""
     done = max(step / settings.iterations, elapsed_seconds / limit_seconds)
     if done <= 1.0 - settings.warmdown_frac:
         return 1.0

@@ -96,7 +96,7 @@ def test_an_untrained_model_knows_nothing():
     """Zero output projections and a small embedding: the loss is that of a uniform guess."""
     model = Model(small(tied_embed_init_std=0.005)).initialise(torch.Generator().manual_seed(0))
     tokens = torch.randint(64, (4, 33))
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:]).detach()
     assert abs(float(loss) - torch.tensor(64.0).log()) < 0.05
 
 
@@ -126,5 +126,4 @@ def test_bfloat16_is_close_to_float32():
     tokens = torch.randint(64, (4, 33))
     exact = float(model.loss(tokens[:, :-1], tokens[:, 1:]))
     model.dtype = torch.bfloat16
-    model._rotary.clear()
     assert abs(float(model.loss(tokens[:, :-1], tokens[:, 1:])) - exact) < 0.02 * exact

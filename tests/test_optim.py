@@ -1,5 +1,7 @@
 """Muon on banks, the moving average, and the grouping of parameters."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -62,7 +64,7 @@ def test_state_survives_saving():
         optimisers[0].step()
     with torch.no_grad():
         banks[1].copy_(banks[0])
-    optimisers[1].load_state_dict(optimisers[0].state_dict())
+    optimisers[1].load_state_dict(copy.deepcopy(optimisers[0].state_dict()))
     for bank, optimiser in zip(banks, optimisers, strict=True):
         for gradient in gradients[2:]:
             bank.grad = gradient.clone()
