@@ -1,1 +1,1 @@
-"""Data: shards, tokenizers, corpora, loaders."""
+"""Text in, token shards out: the demo corpus, tokenizers, the community's shard format, and the batch loader."""

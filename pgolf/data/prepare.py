@@ -1,0 +1,278 @@
+"""From text to a tokenizer and shards: the demo's data, or a user's own files.
+
+Documents, not tokens, are split between training and validation, and the tokenizer is trained on the training documents
+alone. Each document begins with the tokenizer's beginning-of-document token, as in the community's shards. A document
+that stands twice is kept once, so no whole document is in both splits (the demo corpus also has no longer
+paragraph twice, see corpus.py).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from pgolf.data.corpus import demo_documents
+from pgolf.data.shards import TOKENS_PER_SHARD, write_shard
+from pgolf.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, train_tokenizer
+from pgolf.errors import DataError, UserError
+from pgolf.files import make_folder, write_json
+from pgolf.progress import progress
+
+DEMO_VOCAB_SIZE = 1024
+DEMO_VAL_BYTES = 160_000
+FEW_FILES = 10  # with fewer files than this, each is cut into several documents
+CUT_CHARACTERS = 8_000
+_CHARACTERS_AT_ONCE = 10_000_000  # encoded before they are joined: a Python list of ids takes some space
+_RECIPE = 1  # raised when the same text would make other files than before
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    """Where a run finds its data."""
+
+    data_path: Path  # folder of *_train_*.bin and *_val_*.bin
+    tokenizer_path: Path  # SentencePiece model
+
+
+def prepare_demo(root: str | os.PathLike[str] = "data") -> DataPaths:
+    """The demo's shards and tokenizer under `root`: made on first use (some seconds), afterwards checked and reused.
+
+    They are made again when Python, SentencePiece or a file has changed. Several processes may call this at once: one
+    makes the files, the others wait. A process that is killed leaves nothing that the next one would take for
+    finished, because `prepared.json`, with the hash of every file, is written last.
+    """
+    root = Path(root)
+    folder = root / "datasets" / f"demo_sp{DEMO_VOCAB_SIZE}"
+    paths = DataPaths(folder, root / "tokenizers" / f"demo_{DEMO_VOCAB_SIZE}_bpe.model")
+    if not _demo_is_ready(paths):
+        make_folder(paths.tokenizer_path.parent)
+        make_folder(folder)
+        with _locked(folder / ".lock"):
+            if not _demo_is_ready(paths):
+                _make_demo(paths)
+    return paths
+
+
+def tokenize_files(
+    files: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    vocab_size: int = DEMO_VOCAB_SIZE,
+    tokenizer: str | os.PathLike[str] | None = None,
+    val_fraction: float = 0.1,
+) -> DataPaths:
+    """Make shards of UTF-8 text files in the new folder `out`, with a tokenizer trained on them or a given model.
+
+    A file is a document; fewer than 10 files are cut into documents of about 8,000 characters at blank lines (or line
+    ends, or spaces, where there are none), so that there is something to validate on. The folder appears whole or not
+    at all: `<name>_train_000000.bin` and on, `<name>_val_000000.bin`, the tokenizer, and `prepared.json`.
+    `DataError` names a file that cannot be read or the offset of bytes that are not UTF-8.
+    """
+    out = Path(out)
+    if not 0.0 < val_fraction < 1.0:
+        raise UserError(f"validation fraction {val_fraction}; accepted is a number between 0 and 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; name a new one")
+    texts = [_read_text(path) for path in files]
+    if len(texts) < FEW_FILES:
+        texts = [part for text in texts for part in cut_text(text, CUT_CHARACTERS)]
+    documents = list(dict.fromkeys(text for text in texts if text))
+    text_bytes = sum(map(_bytes, documents))
+    if len(documents) < 2:
+        raise DataError(
+            f"{text_bytes} bytes of text make {len(documents)} documents; one to train and one to validate are needed"
+        )
+    train, val = split_documents(documents, int(text_bytes * val_fraction))
+    if tokenizer is not None:
+        _check_tokenizer(Tokenizer(tokenizer))
+
+    parent = make_folder(out.absolute().parent)
+    making = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
+    try:
+        name = out.absolute().name
+        if tokenizer is None:
+            model = train_tokenizer(train, vocab_size, making / f"{name}_{vocab_size}_bpe.model")
+        else:
+            model = Tokenizer(shutil.copyfile(tokenizer, making / Path(tokenizer).name))
+        facts = _write_splits(making, name, model, train, val)
+        write_json(making / "prepared.json", facts | {"duplicate_documents": len(texts) - len(documents)})
+        making.chmod(0o755)  # mkdtemp makes private folders
+        try:
+            os.replace(making, out)
+        except OSError:
+            raise UserError(f"{out} was made by somebody else meanwhile; name a new folder") from None
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    return DataPaths(out, out / model.path.name)
+
+
+def split_documents(documents: Sequence[str], val_bytes: int) -> tuple[list[str], list[str]]:
+    """(train, val): in the order of their hashes, documents go to validation while they fit into `val_bytes` of UTF-8.
+
+    At least one document goes to each side (`documents` must have two or more). Training documents keep their order.
+    """
+    order = sorted(range(len(documents)), key=lambda i: hashlib.sha256(documents[i].encode("utf-8")).digest())
+    sizes = [_bytes(document) for document in documents]
+    chosen: list[int] = []
+    room = val_bytes
+    for index in order:
+        if sizes[index] <= room and len(chosen) < len(documents) - 1:
+            chosen.append(index)
+            room -= sizes[index]
+    if not chosen:
+        chosen = [min(order, key=lambda i: sizes[i])]
+    taken = set(chosen)
+    return [text for i, text in enumerate(documents) if i not in taken], [documents[i] for i in chosen]
+
+
+def cut_text(text: str, characters: int) -> list[str]:
+    """Parts of `text` that join to it again, each `characters` to twice that long (the last one may be shorter).
+
+    Cut after the first blank line in that range, or else line end, or else space, or else at the end of the range.
+    """
+    parts = []
+    start = 0
+    while len(text) - start > characters:
+        end = min(start + 2 * characters, len(text))
+        for separator in ("\n\n", "\n", " "):
+            found = text.find(separator, start + characters, end)
+            if found >= 0:
+                end = found + len(separator)
+                break
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]] if start < len(text) else parts
+
+
+def _demo_identity() -> dict[str, Any]:
+    """What the demo's files depend on."""
+    return {
+        "recipe": _RECIPE,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "sentencepiece": sentencepiece.__version__,
+        "vocab_size": DEMO_VOCAB_SIZE,
+        "val_bytes_at_most": DEMO_VAL_BYTES,
+    }
+
+
+def _demo_is_ready(paths: DataPaths) -> bool:
+    try:
+        prepared = json.loads((paths.data_path / "prepared.json").read_text(encoding="utf-8"))
+        hashes = prepared["sha256"]
+        return (
+            all(prepared[name] == value for name, value in _demo_identity().items())
+            and len(hashes) == 3
+            and hashes == _hashes(paths.data_path, paths.tokenizer_path, hashes)
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _make_demo(paths: DataPaths) -> None:
+    print("demo data: collecting the standard library's documentation", file=sys.stderr, flush=True)
+    (paths.data_path / "prepared.json").unlink(missing_ok=True)
+    train, val = split_documents(demo_documents(), DEMO_VAL_BYTES)
+    tokenizer = train_tokenizer(train, DEMO_VOCAB_SIZE, paths.tokenizer_path)
+    facts = _write_splits(paths.data_path, "demo", tokenizer, train, val)
+    names = [paths.tokenizer_path.name, *sorted(path.name for path in paths.data_path.glob("demo_*.bin"))]
+    hashes = _hashes(paths.data_path, paths.tokenizer_path, names)
+    write_json(paths.data_path / "prepared.json", _demo_identity() | facts | {"sha256": hashes})
+
+
+def _hashes(folder: Path, tokenizer_path: Path, names: Sequence[str] | dict[str, str]) -> dict[str, str]:
+    files = {name: tokenizer_path if name == tokenizer_path.name else folder / name for name in names}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def _write_splits(folder: Path, name: str, tokenizer: Tokenizer, train: list[str], val: list[str]) -> dict[str, Any]:
+    """Write the shards of both splits; returns the counts that `prepared.json` records."""
+    facts: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    for split, documents in (("train", train), ("val", val)):
+        facts[split] = {
+            "documents": len(documents),
+            "text_bytes": sum(map(_bytes, documents)),
+            "tokens": _write_split(folder, f"{name}_{split}", tokenizer, documents),
+        }
+    return facts
+
+
+def _write_split(
+    folder: Path, prefix: str, tokenizer: Tokenizer, documents: list[str], shard_tokens: int = TOKENS_PER_SHARD
+) -> int:
+    """Write `documents` as `<prefix>_000000.bin` and on, `shard_tokens` tokens a shard; returns the tokens."""
+    pending = np.zeros(0, dtype=np.uint16)
+    shards = 0
+    for tokens in _encoded(tokenizer, documents, prefix):
+        pending = np.concatenate((pending, tokens))
+        while len(pending) >= shard_tokens:
+            write_shard(folder / f"{prefix}_{shards:06d}.bin", pending[:shard_tokens])
+            pending = pending[shard_tokens:]
+            shards += 1
+    if len(pending):
+        write_shard(folder / f"{prefix}_{shards:06d}.bin", pending)
+    return shards * shard_tokens + len(pending)
+
+
+def _encoded(tokenizer: Tokenizer, documents: list[str], description: str) -> Iterator[np.ndarray]:
+    """Tokens of some documents at a time, uint16, each document after the beginning-of-document token."""
+    pieces: list[list[int]] = []
+    characters = 0
+    for document in progress(documents, description, unit="document"):
+        pieces.append([tokenizer.bos_id, *tokenizer.encode(document)])
+        characters += len(document)
+        if characters > _CHARACTERS_AT_ONCE:
+            yield np.concatenate([np.asarray(piece, dtype=np.uint16) for piece in pieces])
+            pieces, characters = [], 0
+    if pieces:
+        yield np.concatenate([np.asarray(piece, dtype=np.uint16) for piece in pieces])
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    if tokenizer.bos_id < 0:
+        raise DataError(f"{tokenizer.path}: the model has no beginning-of-document piece (bos_id), which shards need")
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise DataError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces; shards hold at most {MAX_VOCAB_SIZE}")
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        found = error.object[error.start]
+        raise DataError(
+            f"{path}: byte {error.start}: 0x{found:02x} is not UTF-8; save the file as UTF-8 text"
+        ) from None
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; the system drops it when the process ends, however it ends.
+
+    Where the system or the file system has no such locks the block runs without: files are replaced whole and come
+    out the same, so that only work is lost.
+    """
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
