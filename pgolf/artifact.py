@@ -1,0 +1,306 @@
+"""The artifact: one file `*.pgolf` that holds a model's tensors in as few bytes as the codecs allow. No pickle.
+
+Layout of the file, version 1. Integers are little-endian and unsigned; CRC is the CRC-32 of zlib.
+
+    offset  bytes  what
+    0       8      magic: 89 50 47 4f 4c 46 0d 0a
+    8       4      version: 1
+    12      4      m, bytes of the manifest as stored
+    16      4      bytes of the manifest after decompression, at most 1 MiB
+    20      4      CRC of bytes 0..19 followed by the stored manifest
+    24      m      manifest: JSON in UTF-8, compressed with brotli
+    24+m           streams, one after another, to the end of the file; each is
+            4          n, bytes of the stream as stored
+            4          CRC of those four bytes followed by the stored stream, continued from the CRC before it
+            n          the stored stream
+
+Because every CRC continues the one before it, no bit can be flipped and no stream moved, dropped or added unseen.
+
+The manifest is `{"metadata": {...}, "tensors": [...]}`. Each tensor is an object with exactly these members:
+
+    name    1 to 128 characters out of A-Z a-z 0-9 _ . / -, unique in the file
+    role    embedding | attention | mlp | control
+    shape   list of at most 8 sizes
+    bits    2..8: quantised to integers of so many bits, two's complement; 16, 32: IEEE floats of that width
+    values  [codec, layout] of the stream of the tensor's values in row-major order
+    scale   [codec, layout] of the stream of float16 scales of shape[:-1]; quantised tensors have it, floats do not
+
+A quantised weight is worth value * scale of its row. Streams come in the order of the tensors, values before scale.
+The shape says how many values a stream holds, and bits and layout how many bytes that is, so there are no lengths to
+disagree. layout is plain, packed (2..7 bits) or planes (16 and 32 bits), explained in `pgolf/streams.py`; codec is
+stored, brotli or zstd (one frame that states its content size). A stream without values is stored and empty. Members,
+roles, codecs and layouts that are not named here, numbers that are not finite and anything after the last stream make a
+file invalid.
+"""
+
+import json
+import math
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf import ops, streams
+from pgolf.errors import ArtifactError
+from pgolf.files import replacing
+from pgolf.manifest import (
+    MANIFEST_LIMIT_BYTES,
+    QUANTISED_BITS,
+    ROLES,
+    Entry,
+    check_description,
+    check_metadata,
+    check_together,
+    read_manifest,
+)
+
+MAGIC = b"\x89PGOLF\r\n"
+VERSION = 1
+DEFAULT_LIMIT_BYTES = 160 * 1024**2
+
+_HEADER = struct.Struct("<8sIII")
+_CRC = struct.Struct("<I")
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(eq=False)
+class StoredTensor:
+    """A tensor as it lies in the file.
+
+    Quantised: `values` int8 of `shape`, `scale` float16 of `shape[:-1]`, `bits` 2..8, each value within the signed
+    range of `bits`. Float: `values` float16 (`bits` 16) or float32 (`bits` 32) of `shape`, `scale` None. All finite.
+    """
+
+    name: str
+    role: str  # one of ROLES
+    shape: tuple[int, ...]
+    values: Tensor
+    scale: Tensor | None
+    bits: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights, of `shape` and `dtype`, on the device of `values`."""
+        if self.scale is None:
+            return self.values.to(dtype)
+        if not self.values.numel():
+            return torch.empty(self.shape, dtype=dtype, device=self.values.device)
+        octets = self.values.contiguous().view(torch.uint8).reshape(-1)
+        rows = (self.scale.numel(), self.shape[-1])
+        return ops.unpack_dequantize(octets, self.scale.reshape(-1), 8, rows, dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class ByteCount:
+    """Where the bytes of a file went. `container` is everything but the stored streams."""
+
+    streams: dict[str, int]  # "<tensor>:values" and "<tensor>:scale"
+    roles: dict[str, int]  # every one of ROLES
+    container: int
+
+    @property
+    def total(self) -> int:
+        return self.container + sum(self.streams.values())
+
+
+@dataclass(frozen=True)
+class Artifact:
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    bytes: ByteCount
+
+
+def write_artifact(
+    path: str | os.PathLike[str],
+    tensors: Iterable[StoredTensor],
+    metadata: dict[str, Any],
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    threads: int | None = None,
+) -> ByteCount:
+    """Write `tensors` and `metadata` (a JSON object) to `path`, whole or not at all; equal input makes equal bytes.
+
+    `threads` streams are compressed at a time, by default as many as there are cores. A ValueError says what cannot be
+    stored: NaN, infinity, a value beyond its bits, a wrong dtype or shape, a name used twice, more than `limit_bytes`
+    to decode.
+    """
+    tensors = list(tensors)
+    check_metadata(metadata)
+    for tensor in tensors:
+        _check_tensor(tensor)
+    check_together([(tensor.name, tensor.shape, tensor.bits) for tensor in tensors], limit_bytes)
+
+    parts = [(values, bits) for tensor in tensors for values, bits in _parts(tensor)]
+    with ThreadPoolExecutor(threads or _cores()) as pool:
+        encoded = list(pool.map(lambda part: streams.encode(part[0].detach().cpu().reshape(-1), part[1]), parts))
+    manifest_tensors = []
+    remaining = iter(encoded)
+    for tensor in tensors:
+        member: dict[str, Any] = {
+            "name": tensor.name,
+            "role": tensor.role,
+            "shape": list(tensor.shape),
+            "bits": tensor.bits,
+        }
+        for part, _ in zip(("values", "scale"), _parts(tensor), strict=False):
+            stream = next(remaining)
+            member[part] = [stream.codec, stream.layout]
+        manifest_tensors.append(member)
+    manifest = {"metadata": metadata, "tensors": manifest_tensors}
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    if len(text) > MANIFEST_LIMIT_BYTES:
+        raise ValueError(f"metadata and tensor names take {len(text)} bytes; at most {MANIFEST_LIMIT_BYTES} fit")
+
+    stored_text = streams.CODECS["brotli"].encode(text)
+    header = _HEADER.pack(MAGIC, VERSION, len(stored_text), len(text))
+    crc = zlib.crc32(stored_text, zlib.crc32(header))
+    with replacing(path) as file:
+        file.write(header + _CRC.pack(crc) + stored_text)
+        for stream in encoded:
+            length = _LENGTH.pack(len(stream.data))
+            crc = zlib.crc32(stream.data, zlib.crc32(length, crc))
+            file.write(length + _CRC.pack(crc) + stream.data)
+    entries = read_manifest(text, limit_bytes)[1]
+    return _count_bytes(entries, [len(stream.data) for stream in encoded], len(stored_text))
+
+
+def read_artifact(path: str | os.PathLike[str], limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Artifact:
+    """Read a file that anybody may have made.
+
+    An `ArtifactError` names the file and what is wrong with it. Memory stays within the file's size plus `limit_bytes`:
+    a file whose tensors would need more, working copies included, is refused before anything is decoded.
+    """
+    try:
+        return _decode(_read_file(path, limit_bytes), limit_bytes)
+    except OSError as error:
+        raise ArtifactError(f"{os.fspath(path)!r}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ArtifactError(f"{os.fspath(path)!r}: {error}") from None
+
+
+def _read_file(path: str | os.PathLike[str], limit_bytes: int) -> bytes:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is not an ordinary file")
+    if status.st_size > limit_bytes:
+        raise ValueError(f"is {status.st_size} bytes long; the limit is {limit_bytes}")
+    with open(path, "rb") as file:
+        return file.read(limit_bytes)
+
+
+def _decode(data: bytes, limit_bytes: int) -> Artifact:
+    view = memoryview(data)
+    text, crc, offset = _open_manifest(view)
+    metadata, entries = read_manifest(text, limit_bytes)
+    stored = iter(_split_streams(view[offset:], crc, [stream.label for entry in entries for stream in entry.streams]))
+    tensors, lengths = {}, []
+    for entry in entries:
+        decoded = []
+        for stream in entry.streams:
+            piece = next(stored)
+            lengths.append(len(piece))
+            try:
+                decoded.append(streams.decode(piece, stream.codec, stream.layout, stream.bits, stream.count))
+            except ValueError as error:
+                raise ValueError(f"stream {stream.label} {error}") from None
+        values = decoded[0].reshape(entry.shape)
+        scale = decoded[1].reshape(entry.shape[:-1]) if len(decoded) > 1 else None
+        tensors[entry.name] = StoredTensor(entry.name, entry.role, entry.shape, values, scale, entry.bits)
+        _check_tensor(tensors[entry.name])
+    return Artifact(metadata, tensors, _count_bytes(entries, lengths, offset - _HEADER.size - _CRC.size))
+
+
+def _open_manifest(view: memoryview) -> tuple[bytes, int, int]:
+    """The manifest's text, its checksum, and the offset of the first stream."""
+    start = _HEADER.size + _CRC.size
+    if view[: len(MAGIC)] != MAGIC:
+        raise ValueError("is not a pgolf artifact; the first eight bytes are others")
+    if len(view) < start:
+        raise ValueError(f"ends within the header, after {len(view)} bytes")
+    _, version, stored_length, length = _HEADER.unpack_from(view)
+    if version != VERSION:
+        raise ValueError(f"is an artifact of version {version}; this build reads version {VERSION}")
+    if length > MANIFEST_LIMIT_BYTES:
+        raise ValueError(f"manifest of {length} bytes; at most {MANIFEST_LIMIT_BYTES} are accepted")
+    stored = view[start : start + stored_length]
+    if len(stored) != stored_length:
+        raise ValueError("ends within the manifest")
+    (crc,) = _CRC.unpack_from(view, _HEADER.size)
+    if zlib.crc32(stored, zlib.crc32(view[: _HEADER.size])) != crc:
+        raise ValueError("damaged: the checksum of the manifest does not match")
+    try:
+        return streams.CODECS["brotli"].decode(stored, length), crc, start + stored_length
+    except ValueError as error:
+        raise ValueError(f"manifest {error}") from None
+
+
+def _split_streams(view: memoryview, crc: int, labels: list[str]) -> list[memoryview]:
+    """The stored streams, all checked before the first is decoded."""
+    pieces = []
+    offset = 0
+    for label in labels:
+        start = offset + _LENGTH.size + _CRC.size
+        if start > len(view):
+            raise ValueError(f"ends before stream {label}")
+        (length,) = _LENGTH.unpack_from(view, offset)
+        if start + length > len(view):
+            raise ValueError(f"ends within stream {label}")
+        piece = view[start : start + length]
+        crc = zlib.crc32(piece, zlib.crc32(view[offset : offset + _LENGTH.size], crc))
+        if _CRC.unpack_from(view, offset + _LENGTH.size) != (crc,):
+            raise ValueError(f"damaged: the checksum of stream {label} does not match")
+        pieces.append(piece)
+        offset = start + length
+    if offset != len(view):
+        raise ValueError(f"{len(view) - offset} bytes follow the last stream")
+    return pieces
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parts(tensor: StoredTensor) -> Iterator[tuple[Tensor, int]]:
+    yield tensor.values, tensor.bits
+    if tensor.scale is not None:
+        yield tensor.scale, 16
+
+
+def _count_bytes(entries: list[Entry], lengths: list[int], manifest_bytes: int) -> ByteCount:
+    found = [stream for entry in entries for stream in entry.streams]
+    roles = dict.fromkeys(ROLES, 0)
+    for stream, length in zip(found, lengths, strict=True):
+        roles[stream.role] += length
+    container = _HEADER.size + _CRC.size + manifest_bytes + len(found) * (_LENGTH.size + _CRC.size)
+    return ByteCount({stream.label: length for stream, length in zip(found, lengths, strict=True)}, roles, container)
+
+
+def _check_tensor(tensor: StoredTensor) -> None:
+    check_description(tensor.name, tensor.role, tensor.shape, tensor.bits)
+    values, scale, quantised = tensor.values, tensor.scale, tensor.bits in QUANTISED_BITS
+    expected = [(values, tensor.shape, streams.dtype_of(tensor.bits), "values")]
+    if quantised:
+        expected.append((scale, tensor.shape[:-1], torch.float16, "scale"))
+    elif scale is not None:
+        raise ValueError(f"tensor {tensor.name}: a float tensor has no scale")
+    for part, shape, dtype, what in expected:
+        if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape:
+            came = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"tensor {tensor.name}: {what} must be {dtype} of shape {shape}, not {came}")
+        if not part.numel():
+            continue
+        lowest, highest = (each.item() for each in torch.aminmax(part))  # NaN wins in both, and nothing is copied
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            raise ValueError(f"tensor {tensor.name}: {what} must be finite")
+        bound = 1 << (tensor.bits - 1)
+        if dtype == torch.int8 and not (-bound <= lowest and highest < bound):
+            raise ValueError(
+                f"tensor {tensor.name}: values lie in {lowest}..{highest}, "
+                f"{tensor.bits} bits hold {-bound}..{bound - 1}"
+            )

@@ -1,0 +1,191 @@
+"""The manifest of an artifact: what the file says it holds. Its members are described in `pgolf/artifact.py`.
+
+Written by whoever made the file, so every type, size and name is checked here before anything is allocated for it; what
+is wrong is a ValueError of one line. The writer passes through the same checks.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from reprlib import repr as shortened
+from typing import Any
+
+from pgolf import streams
+
+ROLES = ("embedding", "attention", "mlp", "control")
+QUANTISED_BITS = range(2, 9)
+FLOAT_BITS = (16, 32)
+MANIFEST_LIMIT_BYTES = 1024**2
+
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
+_MOST_TENSORS = 4096
+_MOST_DIMENSIONS = 8
+_LARGEST_INTEGER = 2**63 - 1
+_DEEPEST_METADATA = 8
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream as the manifest describes it."""
+
+    label: str
+    role: str
+    bits: int
+    count: int
+    codec: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the manifest describes it."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    bits: int
+    streams: list[Stream]
+
+
+def read_manifest(text: bytes, limit_bytes: int) -> tuple[dict[str, Any], list[Entry]]:
+    """Metadata and tensors of a manifest; ValueError unless every member is as the module's docstring says."""
+    try:
+        manifest = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_number,
+        )
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"manifest is not acceptable JSON: {error}") from None
+    _check_members(manifest, {"metadata", "tensors"}, "manifest")
+    metadata, members = manifest["metadata"], manifest["tensors"]
+    check_metadata(metadata)
+    if not isinstance(members, list):
+        raise ValueError("manifest: tensors must be a list")
+    if len(members) > _MOST_TENSORS:
+        raise ValueError(f"{len(members)} tensors; at most {_MOST_TENSORS} are accepted")
+    entries = [_read_entry(member, index) for index, member in enumerate(members)]
+    check_together([(entry.name, entry.shape, entry.bits) for entry in entries], limit_bytes)
+    return metadata, entries
+
+
+def _read_entry(member: Any, index: int) -> Entry:
+    place = f"manifest: tensor {index}"
+    if not isinstance(member, dict) or type(member.get("bits")) is not int:
+        raise ValueError(f"{place} must be an object with bits")
+    quantised = member["bits"] in QUANTISED_BITS
+    _check_members(member, {"name", "role", "shape", "bits", "values"} | ({"scale"} if quantised else set()), place)
+    name, role, shape, bits = member["name"], member["role"], member["shape"], member["bits"]
+    if not isinstance(shape, list):
+        raise ValueError(f"{place}: shape must be a list, not {shortened(shape)}")
+    shape = tuple(shape)
+    check_description(name, role, shape, bits)
+    parts = [("values", bits, math.prod(shape))]
+    if quantised:
+        parts.append(("scale", 16, math.prod(shape[:-1])))
+    found = []
+    for part, part_bits, count in parts:
+        encoding = member[part]
+        layouts = streams.layouts_of(part_bits)
+        if not isinstance(encoding, list) or len(encoding) != 2 or not all(isinstance(each, str) for each in encoding):
+            raise ValueError(f"{place}: {part} must be [codec, layout], not {shortened(encoding)}")
+        codec, layout = encoding
+        if codec not in streams.CODECS:
+            raise ValueError(f"{place}: codec {shortened(codec)} is unknown; known are {', '.join(streams.CODECS)}")
+        if layout not in layouts:
+            raise ValueError(f"{place}: layout {shortened(layout)} does not exist for {part_bits} bits")
+        found.append(Stream(f"{name}:{part}", role, part_bits, count, codec, layout))
+    return Entry(name, role, shape, bits, found)
+
+
+def check_description(name: Any, role: Any, shape: tuple[Any, ...], bits: Any) -> None:
+    """What can be said of a tensor without its values."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"tensor name {shortened(name)} is not 1 to 128 characters out of A-Z a-z 0-9 _ . / -")
+    if role not in ROLES:
+        raise ValueError(f"tensor {name}: role {shortened(role)} is unknown; known are {', '.join(ROLES)}")
+    if type(bits) is not int or (bits not in QUANTISED_BITS and bits not in FLOAT_BITS):
+        raise ValueError(f"tensor {name}: bits must be 2 to 8, 16 or 32, not {shortened(bits)}")
+    if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
+        raise ValueError(
+            f"tensor {name}: shape {shortened(shape)} is not {_MOST_DIMENSIONS} or fewer sizes below 2**31"
+        )
+    if bits in QUANTISED_BITS and not shape:
+        raise ValueError(f"tensor {name}: a quantised tensor needs at least one dimension")
+
+
+def check_together(described: list[tuple[str, tuple[int, ...], int]], limit_bytes: int) -> None:
+    """Names are unique, and all tensors decoded plus one working copy of the largest fit in `limit_bytes`."""
+    needed, largest = 0, 0
+    names = set()
+    for name, shape, bits in described:
+        if name in names:
+            raise ValueError(f"tensor name {name} is used twice")
+        names.add(name)
+        size = math.prod(shape) * (max(bits, 8) // 8)
+        scale_size = 2 * math.prod(shape[:-1]) if bits in QUANTISED_BITS else 0
+        needed += size + scale_size
+        largest = max(largest, size, scale_size)
+    if needed + largest > limit_bytes:
+        raise ValueError(f"tensors need {needed + largest} bytes of memory to decode; the limit is {limit_bytes}")
+
+
+def _check_members(value: Any, members: set[str], place: str) -> None:
+    if not isinstance(value, dict) or set(value) != members:
+        raise ValueError(f"{place} must be an object with exactly the members {', '.join(sorted(members))}")
+
+
+def check_metadata(metadata: Any) -> None:
+    """Metadata is an object of plain, finite, shallow JSON values."""
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata must be an object, not {shortened(metadata)}")
+    _check_json_value(metadata, 0)
+
+
+def _check_json_value(value: Any, depth: int) -> None:
+    if depth > _DEEPEST_METADATA:
+        raise ValueError(f"metadata is nested deeper than {_DEEPEST_METADATA}")
+    if isinstance(value, dict):
+        for key, member in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"metadata: {shortened(key)} is not a string and cannot be a key")
+            _check_json_value(key, depth)
+            _check_json_value(member, depth + 1)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            _check_json_value(member, depth + 1)
+    elif isinstance(value, str):
+        if not value.isascii():
+            value.encode("utf-8")  # half of a surrogate pair is a UnicodeEncodeError, which is a ValueError
+    elif type(value) is int:
+        if abs(value) > _LARGEST_INTEGER:
+            raise ValueError(f"metadata: {shortened(value)} is not an integer of 64 bits")
+    elif not (value is None or type(value) is bool or (type(value) is float and math.isfinite(value))):
+        raise ValueError(f"metadata: {shortened(value)} is not a finite JSON value")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is used twice in one object")
+    return found
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _integer(text: str) -> int:
+    if len(text) > len(str(-_LARGEST_INTEGER)):
+        raise ValueError("an integer has more than 64 bits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    return value
