@@ -1,0 +1,36 @@
+"""What a kernel module tells about itself, so that it can be compiled and priced on a machine without a GPU.
+
+Each kernel module has a list `VARIANTS`: the configurations that it ships, at shapes of the record. Tests compile every
+one of them ahead of time and refuse spills; the static report prints registers, bytes and FLOPs from the same list.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel in one configuration at one shape."""
+
+    name: str  # operation, dtypes and shape, for tables
+    kernel: Any  # the function made by triton.jit
+    signature: dict[str, str]  # every argument -> "*bf16", "i32", ..., "constexpr", in the kernel's order
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    programs: int  # size of the grid
+    bytes_moved: int  # to and from device memory, each byte once
+    flops: int
+    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16 at this shape: pointers, sizes
+
+
+@lru_cache
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 on a CPU, where only the interpreter runs."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
