@@ -11,13 +11,13 @@ import sys
 import torch
 
 from pgolf.artifact import read_artifact, write_artifact
-from pgolf.attention import BACKEND as ATTENTION
+from pgolf.attention import attention_backend
 from pgolf.data.loader import TokenLoader
 from pgolf.dataset import compressors_bpb, open_dataset
 from pgolf.distributed import Ranks, launch
 from pgolf.errors import PgolfError
 from pgolf.evaluate import evaluate
-from pgolf.machine import compute_dtype
+from pgolf.machine import compute_dtype, keep_freed_memory
 from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
 from pgolf.run import Run, settings_of_run
@@ -45,14 +45,18 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     # Model
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     dtype = compute_dtype(settings.dtype, ranks.device)
     config = ModelConfig.of(settings)
     model = Model(config, dtype).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
     trainer = Trainer(model, loader, settings, ranks, run)
-    precision = str(dtype).removeprefix("torch.")
-    run.note(parameters=config.parameters(), attention=ATTENTION, compile=trainer.compiled, dtype=precision)
+    attention, precision = (
+        attention_backend(ranks.device.type, settings.train_seq_len),
+        str(dtype).removeprefix("torch."),
+    )
+    run.note(parameters=config.parameters(), attention=attention, compile=trainer.compiled, dtype=precision)
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
-    run.log(f"attention:{ATTENTION} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
+    run.log(f"attention:{attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
 
     # Train, then calibrate with what is left of the wall-clock budget
     with run.timed("warmup"):
