@@ -9,6 +9,7 @@ PGOLF_CUDA_ARCHS  architectures to compile for, "90a" by default; separate sever
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ARCH = re.compile(r"\d+[af]?(-real|-virtual)?")
+COMPILER_ERROR = re.compile(r"^(?!CMake).*\b(fatal|error)\b\s*:")
+NO_NVCC = "nvcc was not found (CUDACXX where set, else PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)"
 
 
 class BuildFailed(Exception):
@@ -43,28 +46,31 @@ def cuda_archs() -> str:
 
 
 def find_nvcc() -> str | None:
+    """CUDACXX where it is set, else PATH, else the usual folders."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    names = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    chosen = os.environ.get("CUDACXX")
+    names = [chosen] if chosen else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def first_error(output: str) -> str:
-    """The line of a build's output that says best what went wrong, fit for a C++ string and one line of a terminal."""
+    """What a build's output gives as the cause, fit for one line of a terminal and for a C++ string."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for at, line in enumerate(lines):
-        if line.startswith("CMake Error"):  # the text follows on the next lines
-            line = " ".join(lines[at + 1 : at + 3]) or line
-        elif not re.search(r"\b(fatal|error)\b\s*:", line, re.IGNORECASE):
-            continue
-        return " ".join(re.sub(r"[^ -~]|[\\\"]", "'", line).split())[:200]
-    return lines[-1][:200] if lines else "no output"
+    text = next((line for line in lines if COMPILER_ERROR.search(line)), None)
+    starts = [at for at, line in enumerate(lines) if line.startswith("CMake Error")]
+    if not text and starts:  # the text follows its first line
+        following = lines[starts[0] + 1 : starts[0] + 4]
+        text = " ".join(itertools.takewhile(lambda line: not line.startswith(("Call Stack", "CMake")), following))
+        text = text or lines[starts[0]]
+    text = text or (lines[-1] if lines else "no output")
+    return " ".join(re.sub(r"[^ -~]|[\\\"]", "'", text).split())[:200]
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         mode, nvcc = cuda_mode(), find_nvcc()
         if mode == "on" and not nvcc:
-            sys.exit("PGOLF_CUDA=on: nvcc is not in CUDACXX, PATH, CUDA_HOME or /usr/local/cuda")
+            sys.exit(f"PGOLF_CUDA=on: {NO_NVCC}")
         if mode != "off" and nvcc:
             try:
                 return self.build_with(f"-DPGOLF_CUDA_ARCHS={cuda_archs()}", f"-DCMAKE_CUDA_COMPILER={nvcc}", cuda=True)
@@ -74,7 +80,7 @@ class CMakeBuild(build_ext):
                     sys.exit(f"PGOLF_CUDA=on: {reason}")
                 print(f"pgolf: {reason}; building without CUDA", file=sys.stderr)
         else:
-            reason = "PGOLF_CUDA=off" if mode == "off" else "nvcc is not in CUDACXX, PATH, CUDA_HOME or /usr/local/cuda"
+            reason = "PGOLF_CUDA=off" if mode == "off" else NO_NVCC
         try:
             self.build_with(f"-DPGOLF_CUDA_REASON={reason}", cuda=False)
         except BuildFailed as error:

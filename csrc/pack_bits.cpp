@@ -31,41 +31,32 @@ void store(uint8_t* to, uint64_t word, int64_t size) { std::memcpy(to, &word, si
 
 // Whole groups are moved as 8 bytes, so that each copy is one instruction, for as long as 8 bytes are left on both
 // sides; the rest, at most 8 groups, byte by byte. A tight store's surplus bytes are overwritten by the next group.
-template <int bits, class Tighten>
-inline __attribute__((always_inline)) void pack_loop(const uint8_t* src, uint8_t* dst, int64_t count, Tighten tighten_) {
-  const int64_t size = packed_size(count, bits);
-  int64_t group = 0;
-  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group)
-    store(dst + group * bits, tighten_(load(src + group * 8, 8)), 8);
-  for (; group * 8 < count; ++group) {
-    const int64_t values = std::min<int64_t>(8, count - group * 8);
-    store(dst + group * bits, tighten_(load(src + group * 8, values)), packed_size(values, bits));
-  }
-}
-
-template <int bits, class Loosen>
-inline __attribute__((always_inline)) void unpack_loop(const uint8_t* src, uint8_t* dst, int64_t count, Loosen loosen_) {
-  const int64_t size = packed_size(count, bits);
-  int64_t group = 0;
-  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group)
-    store(dst + group * 8, loosen_(load(src + group * bits, 8)), 8);
-  for (; group * 8 < count; ++group) {
-    const int64_t values = std::min<int64_t>(8, count - group * 8);
-    store(dst + group * 8, loosen_(load(src + group * bits, packed_size(values, bits))), values);
-  }
-}
-
 template <int bits>
 void pack_portable(const uint8_t* src, uint8_t* dst, int64_t count) {
-  pack_loop<bits>(src, dst, count, tighten<bits>);
+  const int64_t size = packed_size(count, bits);
+  int64_t group = 0;
+  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group)
+    store(dst + group * bits, tighten<bits>(load(src + group * 8, 8)), 8);
+  for (; group * 8 < count; ++group) {
+    const int64_t values = std::min<int64_t>(8, count - group * 8);
+    store(dst + group * bits, tighten<bits>(load(src + group * 8, values)), packed_size(values, bits));
+  }
 }
 
 template <int bits, bool is_signed>
 void unpack_portable(const uint8_t* src, uint8_t* dst, int64_t count) {
-  unpack_loop<bits>(src, dst, count, loosen<bits, is_signed>);
+  const int64_t size = packed_size(count, bits);
+  int64_t group = 0;
+  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group)
+    store(dst + group * 8, loosen<bits, is_signed>(load(src + group * bits, 8)), 8);
+  for (; group * 8 < count; ++group) {
+    const int64_t values = std::min<int64_t>(8, count - group * 8);
+    store(dst + group * 8, loosen<bits, is_signed>(load(src + group * bits, packed_size(values, bits))), values);
+  }
 }
 
 #if PGOLF_X86
+// The same with one instruction for each group; what is left at the end is portable's.
 template <int bits>
 __attribute__((target("bmi2"))) void pack_bmi2(const uint8_t* src, uint8_t* dst, int64_t count) {
   const int64_t size = packed_size(count, bits);
@@ -171,6 +162,7 @@ void in_threads(int64_t count, int threads, Work work) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, count / values_a_thread));
   const int64_t share = (count / parts + 63) / 64 * 64;
   std::vector<std::thread> pool;
+  pool.reserve(parts);
   for (int64_t first = share; first < count; first += share) {
     const int64_t length = std::min(share, count - first);
     try {

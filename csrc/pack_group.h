@@ -20,7 +20,7 @@
 namespace pgolf {
 
 // The byte `value` in each of the eight bytes of a word.
-constexpr uint64_t every_byte(uint64_t value) { return value * 0x0101010101010101u; }
+PGOLF_HOST_DEVICE constexpr uint64_t every_byte(uint64_t value) { return value * 0x0101010101010101u; }
 
 // Keeps the low `bits` bits of each byte and closes the gaps: neighbours join to 2, then 4, then 8 values.
 template <int bits>

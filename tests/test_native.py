@@ -1,0 +1,236 @@
+"""pgolf._native: bit packing against a plain numpy definition, on every code path that this CPU runs."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pgolf
+from pgolf import _native as native
+
+WIDTHS = range(1, 9)
+GUARD = 64
+POISON = 0xA5
+
+
+def packed_size(count: int, bits: int) -> int:
+    return (count * bits + 7) // 8
+
+
+def define_pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Bit j of value i is bit i * bits + j of the stream."""
+    stream = (values.view(np.uint8)[:, None] >> np.arange(bits)) & 1
+    return np.packbits(stream.astype(np.uint8).ravel(), bitorder="little")
+
+
+def define_unpack(packed: np.ndarray, count: int, bits: int, signed: bool) -> np.ndarray:
+    stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
+    values = (stream.astype(np.int64) << np.arange(bits)).sum(axis=1)
+    if signed:
+        values -= (values >> (bits - 1)) << bits
+    return values.astype(np.int8 if signed else np.uint8)
+
+
+class Guarded:
+    """`size` poisoned bytes, `offset` bytes off alignment, between guards that must stay as they are."""
+
+    def __init__(self, size: int, offset: int = 0):
+        self.whole = np.full(GUARD + offset + size + GUARD, POISON, np.uint8)
+        self.bytes = self.whole[GUARD + offset : GUARD + offset + size]
+        self.address = self.whole.ctypes.data + GUARD + offset
+
+    def taken(self) -> np.ndarray:
+        start = self.address - self.whole.ctypes.data
+        assert (self.whole[:start] == POISON).all(), "written before the buffer"
+        assert (self.whole[start + len(self.bytes) :] == POISON).all(), "written past the buffer"
+        return self.bytes
+
+
+def pack(values: np.ndarray, bits: int, threads: int = 1, offset: int = 0) -> np.ndarray:
+    source, target = Guarded(len(values), offset), Guarded(packed_size(len(values), bits), offset)
+    source.bytes[:] = values.view(np.uint8)
+    native.pack_bits(source.address, target.address, len(values), bits, threads)
+    assert (source.taken() == values.view(np.uint8)).all()
+    return target.taken()
+
+
+def unpack(packed: np.ndarray, count: int, bits: int, signed: bool, threads: int = 1, offset: int = 0) -> np.ndarray:
+    source, target = Guarded(len(packed), offset), Guarded(count, offset)
+    source.bytes[:] = packed
+    native.unpack_bits(source.address, target.address, count, bits, signed, threads)
+    assert (source.taken() == packed).all()
+    return target.taken().view(np.int8 if signed else np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def restore_level():
+    chosen = native.level()
+    yield
+    native.set_level(chosen)
+
+
+@pytest.fixture(params=native.levels())
+def level(request):
+    native.set_level(request.param)
+    return request.param
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_short_length(level, bits, random):
+    for count in range(201):
+        values = random.integers(0, 256, count, dtype=np.uint8)  # bits above the width must not matter
+        packed = pack(values, bits, offset=count % 9)
+        np.testing.assert_array_equal(packed, define_pack(values, bits))
+        for signed in (False, True):
+            restored = unpack(packed, count, bits, signed, offset=count % 7)
+            np.testing.assert_array_equal(restored, define_unpack(packed, count, bits, signed))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_long_lengths(level, bits, threads, random):
+    count = int(random.integers(900_000, 1_000_000))  # enough for three threads to get a share
+    values = random.integers(-(1 << (bits - 1)), 1 << (bits - 1), count, dtype=np.int8)
+    packed = pack(values, bits, threads, offset=1)
+    np.testing.assert_array_equal(packed, define_pack(values, bits))
+    np.testing.assert_array_equal(unpack(packed, count, bits, True, threads, offset=3), values)
+    unsigned = values.view(np.uint8) & ((1 << bits) - 1)
+    np.testing.assert_array_equal(unpack(packed, count, bits, False, threads), unsigned)
+
+
+@given(
+    data=st.binary(max_size=700), bits=st.integers(1, 8), signed=st.booleans(), offset=st.integers(0, 15),
+    level=st.sampled_from(native.levels()), threads=st.integers(1, 5),
+)  # fmt: skip
+def test_any_bytes_pack_and_unpack(data, bits, signed, offset, level, threads):
+    native.set_level(level)
+    data = np.frombuffer(data, np.uint8)
+    np.testing.assert_array_equal(pack(data, bits, threads, offset), define_pack(data, bits))
+    # As a stream: the longest count that it holds, whatever its pad bits are.
+    count = len(data) * 8 // bits
+    stream = data[: packed_size(count, bits)]
+    restored = unpack(stream, count, bits, signed, threads, offset)
+    np.testing.assert_array_equal(restored, define_unpack(stream, count, bits, signed))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_pad_bits_are_zero_and_extremes_survive(level, bits):
+    lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    values = np.array([lowest, highest, -1 if bits > 1 else lowest] * 5, np.int8)
+    packed = pack(values, bits)
+    np.testing.assert_array_equal(unpack(packed, len(values), bits, True), values)
+    assert int.from_bytes(packed.tobytes(), "little") >> (len(values) * bits) == 0
+
+
+def test_the_layout_is_the_documented_one(level):
+    # 1, 2, 3 in three bits each: 011 010 001, least significant first.
+    assert pack(np.array([1, 2, 3], np.uint8), 3).tolist() == [0b11010001, 0b0]
+    assert pack(np.array([-1, 0, -32, 31], np.int8), 6).tolist() == [0b00111111, 0b00000000, 0b01111110]
+
+
+def test_nothing_at_no_address_is_fine(level):
+    native.pack_bits(0, 0, 0, 6)
+    native.unpack_bits(0, 0, 0, 6, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 0}, "bits is 0, accepted is 1 to 8"),
+        ({"bits": 9}, "bits is 9, accepted is 1 to 8"),
+        ({"bits": -(1 << 40)}, "bits is -1099511627776, accepted is 1 to 8"),
+        ({"count": -1}, "count is -1, accepted is 0 or more"),
+        ({"threads": 0}, "threads is 0, accepted is 1 or more"),
+        ({"src": 0}, "src is 0, accepted is an address, or 0 with a count of 0"),
+        ({"dst": 0}, "dst is 0, accepted is an address, or 0 with a count of 0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pack_bits", "unpack_bits"])
+def test_wrong_arguments_are_named(name, change, message):
+    source, target = Guarded(16), Guarded(16)
+    arguments = {"src": source.address, "dst": target.address, "count": 8, "bits": 6, "threads": 1, **change}
+    if name == "unpack_bits":
+        arguments["signed"] = True
+    with pytest.raises(ValueError) as caught:
+        getattr(native, name)(**arguments)
+    assert str(caught.value) == message
+    assert (target.taken() == POISON).all()
+
+
+def test_levels():
+    assert native.levels()[0] == "portable"
+    for name in native.levels():
+        native.set_level(name)
+        assert native.level() == native.build_info()["cpu_level"] == name
+    with pytest.raises(ValueError, match=r"^level is 'fastest', this CPU accepts: portable"):
+        native.set_level("fastest")
+    assert native.level() == native.levels()[-1]
+
+
+def test_build_info():
+    info = native.build_info()
+    assert info["version"] == pgolf.__version__
+    assert info["build_type"] == "Release"
+    name, version = info["compiler"].split()
+    assert name
+    assert version[0].isdigit()
+    assert info["cpu_level"] in native.levels()
+    assert {"bmi2", "avx512vbmi"}.intersection(native.levels()) <= set(info["cpu_features"])
+    assert info["cuda_devices"] >= 0
+    assert info["cuda"] is hasattr(native, "pack_bits_cuda") is hasattr(native, "unpack_bits_cuda")
+    if info["cuda"]:
+        assert info["cuda_reason"] == ""
+        assert float(info["cuda_version"]) >= 11
+        assert all(arch[:2].isdigit() for arch in info["cuda_archs"])
+        assert info["cuda_archs"]
+    else:
+        assert "\n" not in info["cuda_reason"]
+        assert info["cuda_reason"]
+        assert (info["cuda_version"], info["cuda_archs"], info["cuda_devices"]) == ("", [], 0)
+
+
+@pytest.mark.skipif(not native.build_info()["cuda"], reason="the extension was built without CUDA")
+@pytest.mark.skipif(native.build_info()["cuda_devices"] > 0, reason="a CUDA device is present")
+def test_cuda_without_a_device_raises():
+    source, target = Guarded(64), Guarded(64)
+    with pytest.raises(RuntimeError, match=r"^CUDA: [^\n]+$"):
+        native.pack_bits_cuda(source.address, target.address, 64, 6, 0)
+    with pytest.raises(RuntimeError, match=r"^CUDA: [^\n]+$"):
+        native.unpack_bits_cuda(source.address, target.address, 64, 6, True, 0)
+    with pytest.raises(ValueError, match="bits is 9"):
+        native.pack_bits_cuda(source.address, target.address, 64, 9, 0)
+    assert (target.taken() == POISON).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(native.build_info()["cuda_devices"] == 0, reason="no CUDA build or no CUDA device")
+@pytest.mark.parametrize("offset", [0, 16, 4, 1])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_cuda_equals_the_cpu(bits, offset, random):
+    import torch
+
+    for count in [*range(1, 100), 4096, int(random.integers(3_000_000, 4_000_000))]:
+        values = random.integers(0, 256, count, dtype=np.uint8)
+        size = packed_size(count, bits)
+        source = torch.full((offset + count + GUARD,), POISON, dtype=torch.uint8, device="cuda")
+        source[offset : offset + count] = torch.from_numpy(values).cuda()
+        packed = torch.full((offset + size + GUARD,), POISON, dtype=torch.uint8, device="cuda")
+        restored = torch.full_like(source, POISON)
+        stream = torch.cuda.current_stream().cuda_stream
+        native.pack_bits_cuda(source.data_ptr() + offset, packed.data_ptr() + offset, count, bits, stream)
+        expected = define_pack(values, bits)
+        np.testing.assert_array_equal(packed[offset : offset + size].cpu().numpy(), expected)
+        for signed in (False, True):
+            native.unpack_bits_cuda(
+                packed.data_ptr() + offset, restored.data_ptr() + offset, count, bits, signed, stream
+            )
+            got = restored[offset : offset + count].cpu().numpy().view(np.int8 if signed else np.uint8)
+            np.testing.assert_array_equal(got, define_unpack(expected, count, bits, signed))
+        for buffer, length in ((packed, size), (restored, count)):
+            assert (buffer[:offset] == POISON).all(), "written before the buffer"
+            assert (buffer[offset + length :] == POISON).all(), "written past the buffer"
