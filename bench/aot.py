@@ -62,7 +62,7 @@ def compile_variant(variant: Variant, architecture: int = 90) -> Resources:
         constexprs=variant.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return read_cubin(compiled.asm["cubin"], variant.num_warps, compiled.metadata.shared)
 

@@ -75,7 +75,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     (packed,) = ctx.saved_tensors
     wide = torch.promote_types(grad.dtype, torch.float32)
-    values = unpack_bits(packed, ctx.bits, ctx.shape)
+    ones = grad.new_ones(ctx.shape[:-1], dtype=wide)
+    values = _unpack_dequantize(packed, ones, ctx.bits, ctx.shape, wide)
     return None, (grad.to(wide) * values).sum(dim=-1).to(ctx.scale_dtype), None, None, None
 
 
