@@ -10,6 +10,7 @@ import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ VARIABLES = (
     "embedding", "attention", "mlp", "control", "container", "code", "other",
 )  # fmt: skip
 STAND_INS = {name: f"#0f0f{number:02x}" for number, name in enumerate(VARIABLES, start=1)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": FONT,
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -192,7 +193,7 @@ def byte_budget(segments: Sequence[tuple[str, int]], budget: int | None) -> dict
     segments = [(plain(role), size) for role, size in segments if size > 0]
     total = sum(size for _, size in segments)
     end = max(total, budget or 0) or 1
-    over = budget is not None and total > budget
+    excess = 0 if budget is None else max(0, total - budget)
 
     def draw(width: int) -> Figure:
         figure, axes = _canvas(width, 112, 1, 1, 26, 44)
@@ -205,17 +206,17 @@ def byte_budget(segments: Sequence[tuple[str, int]], budget: int | None) -> dict
             if len(role) * LETTER + 10 < size * pixels:
                 axes.text(start + size / 2, 0, role, ha="center", va="center_baseline", color=STAND_INS["on"])
             start += size
-        if over:
-            axes.barh(0, total - budget, left=budget, height=1, fill=False, hatch="///", linewidth=0,
+        if excess:
+            axes.barh(0, excess, left=budget, height=1, fill=False, hatch="///", linewidth=0,
                       edgecolor=STAND_INS["bad"])  # fmt: skip
         if budget:
-            colour = STAND_INS["bad" if over else "ink"]
-            axes.plot([budget, budget], [-0.5, 0.72], color=colour, linewidth=2 if over else 1.2, clip_on=False)
-            words = f"budget {budget:,}" + (f", exceeded by {total - budget:,}" if over else "")
+            colour = STAND_INS["bad" if excess else "ink"]
+            axes.plot([budget, budget], [-0.5, 0.72], color=colour, linewidth=2 if excess else 1.2, clip_on=False)
+            words = f"budget {budget:,}" + (f", exceeded by {excess:,}" if excess else "")
             axes.text(
                 budget, 0.78, words, ha="right" if budget * pixels > width / 2 else "left", va="bottom", color=colour
             )
-        if budget and not over and (budget - total) * pixels > 40:
+        if budget and (budget - total) * pixels > 40:
             axes.text((total + budget) / 2, 0, "left", ha="center", va="center_baseline", color=STAND_INS["muted"])
         axes.set_xlim(0, end)
         axes.set_ylim(-0.5, 0.5)

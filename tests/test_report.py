@@ -381,9 +381,9 @@ def test_headline_of_exact_fit():
 
 def test_long_run_stays_small_and_quick(run_folder):
     fake_run(run_folder, metrics=fake_metrics(20_000))
-    start = time.perf_counter()
+    start = time.process_time()
     page = write_report(run_folder)
-    assert time.perf_counter() - start < 6  # about 1 s alone on two cores
+    assert time.process_time() - start < 3  # measured: 0.3 s after matplotlib is imported, which takes 0.5 s
     assert page.stat().st_size < 400_000
     check(page.read_text())
 
