@@ -135,23 +135,20 @@ def write_artifact(
         _check_tensor(tensor)
     check_together([(tensor.name, tensor.shape, tensor.bits) for tensor in tensors], limit_bytes)
 
-    parts = [(values, bits) for tensor in tensors for values, bits in _parts(tensor)]
+    parts = [part for tensor in tensors for part in _parts(tensor)]
+    largest_first = sorted(range(len(parts)), key=lambda index: -parts[index][0].numel())
     with ThreadPoolExecutor(threads or _cores()) as pool:
-        encoded = list(pool.map(lambda part: streams.encode(part[0].detach().cpu().reshape(-1), part[1]), parts))
-    manifest_tensors = []
+        work = {index: pool.submit(streams.encode, *parts[index]) for index in largest_first}
+        encoded = [work[index].result() for index in range(len(parts))]
+    members = []
     remaining = iter(encoded)
     for tensor in tensors:
-        member: dict[str, Any] = {
-            "name": tensor.name,
-            "role": tensor.role,
-            "shape": list(tensor.shape),
-            "bits": tensor.bits,
-        }
-        for part, _ in zip(("values", "scale"), _parts(tensor), strict=False):
+        member: dict[str, Any] = {"name": tensor.name, "role": tensor.role, "shape": tensor.shape, "bits": tensor.bits}
+        for part in ("values",) if tensor.scale is None else ("values", "scale"):
             stream = next(remaining)
             member[part] = [stream.codec, stream.layout]
-        manifest_tensors.append(member)
-    manifest = {"metadata": metadata, "tensors": manifest_tensors}
+        members.append(member)
+    manifest = {"metadata": metadata, "tensors": members}
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MANIFEST_LIMIT_BYTES:
         raise ValueError(f"metadata and tensor names take {len(text)} bytes; at most {MANIFEST_LIMIT_BYTES} fit")
@@ -262,14 +259,15 @@ def _split_streams(view: memoryview, crc: int, labels: list[str]) -> list[memory
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parts(tensor: StoredTensor) -> Iterator[tuple[Tensor, int]]:
-    yield tensor.values, tensor.bits
-    if tensor.scale is not None:
-        yield tensor.scale, 16
+    """The arrays of a tensor in the order of its streams, flat and on the CPU, with their bits."""
+    for part, bits in ((tensor.values, tensor.bits), (tensor.scale, 16)):
+        if part is not None:
+            yield part.detach().cpu().reshape(-1), bits
 
 
 def _count_bytes(entries: list[Entry], lengths: list[int], manifest_bytes: int) -> ByteCount:
