@@ -139,7 +139,7 @@ def sequential_rows(
 
     Every token but the first is a target exactly once: what does not fill a row comes last, as one shorter row.
     """
-    full_rows = (len(tokens) - 1) // seq_len
+    full_rows = max(len(tokens) - 1, 0) // seq_len
     for row in range(0, full_rows, rows_at_once):
         first, last = row * seq_len, min(row + rows_at_once, full_rows) * seq_len
         yield tokens[first:last].long().view(-1, seq_len), tokens[first + 1 : last + 1].long().view(-1, seq_len)

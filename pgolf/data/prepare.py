@@ -58,7 +58,7 @@ def prepare_demo(root: str | os.PathLike[str] = "data") -> DataPaths:
     if not _demo_is_ready(paths):
         make_folder(paths.tokenizer_path.parent)
         make_folder(folder)
-        with _locked(folder / ".lock"):
+        with locked(folder / ".lock"):
             if not _demo_is_ready(paths):
                 _make_demo(paths)
     return paths
@@ -262,11 +262,11 @@ def _bytes(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`; the system drops it when the process ends, however it ends.
 
-    Where the system or the file system has no such locks the block runs without: files are replaced whole and come
-    out the same, so that only work is lost.
+    Where the system or the file system has no such locks the block runs without: files are still replaced whole, so
+    that only work is lost.
     """
     with open(path, "w") as file:
         try:

@@ -13,6 +13,10 @@ With tokenizers made by `train_tokenizer` the sum over a document equals the UTF
 and that is the text itself but for one character: SentencePiece cannot tell a U+2581 in the text from a space, so it
 comes back as a space and counts 1 byte, not 3. The community's models normalise (NFKC, runs of spaces become
 one), so for them too the count is the length of the decoded, not of the original, text.
+
+The community's CaseOps models write capitals as an operator before a small letter: four pieces, U+E001 to U+E004, right
+after the control pieces. They stand for no bytes of the original text and have base 0; exact counts are in the byte
+sidecar that comes with such data.
 """
 
 import hashlib
@@ -30,6 +34,7 @@ from pgolf.errors import DataError, UserError
 from pgolf.files import replacing
 
 SPACE = "\u2581"
+CASE_OPERATORS = ["\ue001", "\ue002", "\ue003", "\ue004"]
 MIN_VOCAB_SIZE = 320  # 4 control pieces, 256 byte pieces and some characters
 MAX_VOCAB_SIZE = 65536  # tokens are stored as uint16
 TRAINING_BYTES = 64_000_000
@@ -97,9 +102,14 @@ class Tokenizer:
         leading = torch.zeros(self.vocab_size, dtype=torch.bool)
         boundary = torch.zeros(self.vocab_size, dtype=torch.bool)
         model = self._model
+        operators = range(4, 8)
+        if self.vocab_size < 8 or [model.id_to_piece(token) for token in operators] != CASE_OPERATORS:
+            operators = range(0)
         for token in range(self.vocab_size):
             if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
                 boundary[token] = True
+            elif token in operators:
+                base[token] = 0
             elif model.is_byte(token):
                 base[token] = 1
             else:
