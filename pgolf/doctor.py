@@ -284,7 +284,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines = []
     for section, describe in DESCRIBE.items():
         facts = report[section]
-        texts = [f"does not load: {facts['error']}"] if "error" in facts else describe(facts)
+        texts = [f"not available: {facts['error']}"] if "error" in facts else describe(facts)
         wrapped = [line for text in texts for line in textwrap.wrap(text, 105)]
         lines += [f"{'' if place else section:<13}{line}" for place, line in enumerate(wrapped)]
     problems = [Problem(**problem) for problem in report["problems"]]

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import re
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -33,7 +34,8 @@ def healthy(this_machine):
     found["triton"] = {"version": "3.9.0", "interpreting": False}
     found["native"] = {
         "version": "0.1.0", "compiler": "GNU 12.2.0", "build_type": "Release", "cpu_features": ["avx2"],
-        "cpu_level": "portable", "cuda": False, "cuda_version": "", "cuda_archs": [], "cuda_reason": "nvcc is not in PATH", "cuda_devices": 0,
+        "cpu_level": "portable", "cuda": False, "cuda_version": "", "cuda_archs": [],
+        "cuda_reason": "nvcc is not in PATH", "cuda_devices": 0,
     }  # fmt: skip
     found["gpu"] = {"devices": [], "driver": "", "seen_by_driver": [], "driver_error": "", "visible": None}
     found["compilers"] = dict.fromkeys(probes.COMPILERS, "12.2")
@@ -263,7 +265,7 @@ def test_a_module_that_does_not_load_is_reported(monkeypatch, module, section, c
     report = doctor.collect()
     assert module in report[section]["error"]
     assert any(problem["section"] == section and problem["mend"] for problem in report["problems"])
-    assert re.search(rf"^{section} +does not load: ", doctor.as_text(report), re.MULTILINE)
+    assert re.search(rf"^{section} +not available: ", doctor.as_text(report), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("codec", "module"), [("brotli", "brotli"), ("zstandard", "zstandard"), ("xz", "lzma")])
@@ -272,6 +274,27 @@ def test_a_codec_that_does_not_load_is_reported(monkeypatch, codec, module):
     found = probes.look()
     assert "error" in found["codecs"][codec]
     assert [problem.section for problem in doctor.diagnose(found) if codec in problem.limits] == ["codecs"]
+
+
+def test_doctor_works_when_nothing_else_does():
+    """The doctor imports nothing of ours that needs a package: with all of them broken it still says so."""
+    code = """
+import sys, types
+package = types.ModuleType("pgolf")  # stands in for pgolf/__init__.py, which imports the operations
+package.__path__ = [sys.argv[1]]
+sys.modules["pgolf"] = package
+for name in ("torch", "triton", "numpy", "brotli", "zstandard", "pydantic", "jinja2", "tqdm", "pgolf._native"):
+    sys.modules[name] = None
+from pgolf import doctor
+print(doctor.as_text(doctor.collect()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, probes.__file__.rpartition("/")[0]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for section in ("torch", "native", "codecs"):
+        assert f"problem ({section}): " in done.stdout
+    assert done.stdout.endswith("Not ready: see the problems above.\n")
 
 
 def test_a_module_that_raises_while_loading_is_reported(monkeypatch, tmp_path):
