@@ -69,6 +69,7 @@ def first_error(output: str) -> str:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         mode, nvcc = cuda_mode(), find_nvcc()
+        shutil.rmtree(self.build_temp, ignore_errors=True)  # its cache names the tools of an isolation that is gone
         if mode == "on" and not nvcc:
             sys.exit(f"PGOLF_CUDA=on: {NO_NVCC}")
         if mode != "off" and nvcc:

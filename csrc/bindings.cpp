@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "build_config.h"
 #include "build_info.h"
 #include "cpu_features.h"

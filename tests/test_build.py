@@ -1,6 +1,7 @@
 """setup.py: its settings, and what becomes of a build whose CUDA half cannot work."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -162,3 +163,16 @@ def test_the_reason_fits_a_line_and_a_string(functions):
 def test_architectures(functions, monkeypatch, text, archs):
     monkeypatch.setenv("PGOLF_CUDA_ARCHS", text)
     assert functions["cuda_archs"]() == archs
+
+
+def test_csrc_needs_neither_torch_nor_python():
+    for path in (ROOT / "csrc").iterdir():
+        included = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text())
+        assert not [name for name in included if re.match(r"(torch|ATen|c10|triton)/", name)], path.name
+        if path.name != "bindings.cpp":
+            assert not [name for name in included if re.match(r"pybind11/|Python\.h", name)], path.name
+
+
+def test_no_build_is_tied_to_the_machine_that_makes_it():
+    text = (ROOT / "setup.py").read_text() + (ROOT / "CMakeLists.txt").read_text()
+    assert not re.search(r"march|mtune|mcpu|-mavx|-mbmi", text)
