@@ -3,7 +3,7 @@
 `available()` tells what runs on this machine, `backend(name)` or `PGOLF_BACKEND` forces an implementation.
 """
 
-from pgolf.ops.backends import Availability, BackendUnavailable, available, backend, fallbacks, used
+from pgolf.ops.backends import BACKENDS, Availability, BackendUnavailable, available, backend, fallbacks, used
 from pgolf.ops.gptq import gptq
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.newton_schulz import newton_schulz
@@ -12,6 +12,7 @@ from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from pgolf.ops.unpack_dequantize import unpack_dequantize
 
 __all__ = [
+    "BACKENDS",
     "Availability",
     "BackendUnavailable",
     "available",

@@ -81,10 +81,10 @@ def gptq_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch; arguments as for `gptq`."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)
+    if weight.numel() == 0:
+        return torch.zeros_like(weight, dtype=torch.int8), weight.new_zeros(weight.shape[:-1], dtype=torch.float16)
     bank = weight.to(dtype).reshape(-1, *weight.shape[-2:])  # (B, M, N)
     count, rows, columns = bank.shape
-    if bank.numel() == 0:
-        return torch.zeros_like(weight, dtype=torch.int8), weight.new_zeros(weight.shape[:-1], dtype=torch.float16)
     h = hessian.to(dtype).expand(count, columns, columns)
     _check_values(bank, h)
     limit = 2 ** (bits - 1) - 1

@@ -15,6 +15,9 @@ Shapes and dtypes: bank (M, N) or (B, M, N), wide, tall or square, float16/bfloa
 in that dtype, the normalisation in float32 or wider. Result like bank. Not meant to be differentiated through.
 A zero matrix gives zero; scale does not matter (it is divided out before squares can underflow). A matrix of rank r
 gives r singular values in the band and the others near 0. NaN or infinity in a matrix makes all of that matrix NaN.
+Error against float64 for 5 steps and singular values within a factor of 10: float32 < 1e-5, float16 < 4e-3, bfloat16
+< 3e-2. The bounds of single products do not hold, because a small singular value is multiplied by up to 1,000, its
+rounding error with it; the error is at most that of the same products written out one by one.
 Cost a step and matrix, n <= m: 4n²m + 2n³ FLOPs (symmetry would allow 3n²m + n³).
 Errors: `TypeError`/`ValueError` naming the argument.
 Sources: Muon, kellerjordan.github.io/posts/muon; Amsel et al., The Polar Express, arXiv 2505.16932.
