@@ -6,7 +6,7 @@ Layout of the file, version 1. Integers are little-endian and unsigned; CRC is t
     0       8      magic: 89 50 47 4f 4c 46 0d 0a
     8       4      version: 1
     12      4      m, bytes of the manifest as stored
-    16      4      bytes of the manifest after decompression, at most 1 MiB
+    16      4      bytes of the manifest after decompression, at most 256 KiB
     20      4      CRC of bytes 0..19 followed by the stored manifest
     24      m      manifest: JSON in UTF-8, compressed with brotli
     24+m           streams, one after another, to the end of the file; each is
@@ -16,7 +16,8 @@ Layout of the file, version 1. Integers are little-endian and unsigned; CRC is t
 
 Because every CRC continues the one before it, no bit can be flipped and no stream moved, dropped or added unseen.
 
-The manifest is `{"metadata": {...}, "tensors": [...]}`. Each tensor is an object with exactly these members:
+The manifest is `{"metadata": {...}, "tensors": [...]}`. Each of the at most 1024 tensors is an object with exactly these
+members:
 
     name    1 to 128 characters out of A-Z a-z 0-9 _ . / -, unique in the file
     role    embedding | attention | mlp | control
@@ -187,7 +188,7 @@ def _read_file(path: str | os.PathLike[str], limit_bytes: int) -> bytes:
     if status.st_size > limit_bytes:
         raise ValueError(f"is {status.st_size} bytes long; the limit is {limit_bytes}")
     with open(path, "rb") as file:
-        return file.read(limit_bytes)
+        return file.read(status.st_size)
 
 
 def _decode(data: bytes, limit_bytes: int) -> Artifact:

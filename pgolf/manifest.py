@@ -16,10 +16,10 @@ from pgolf import streams
 ROLES = ("embedding", "attention", "mlp", "control")
 QUANTISED_BITS = range(2, 9)
 FLOAT_BITS = (16, 32)
-MANIFEST_LIMIT_BYTES = 1024**2
+MANIFEST_LIMIT_BYTES = 256 * 1024
 
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
-_MOST_TENSORS = 4096
+_MOST_TENSORS = 1024
 _MOST_DIMENSIONS = 8
 _LARGEST_INTEGER = 2**63 - 1
 _DEEPEST_METADATA = 8

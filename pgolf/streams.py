@@ -140,9 +140,8 @@ def decode(data: memoryview, codec: str, layout: str, bits: int, count: int) -> 
         return ops.unpack_bits(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()), bits, count)
     octets = np.frombuffer(raw, np.uint8)
     if layout == "planes":
-        octets = octets.reshape(bits // 8, count).T.reshape(-1)
-    else:
-        octets = octets.copy()
+        octets = octets.reshape(bits // 8, count).T
+    octets = octets.flatten()
     return torch.from_numpy(octets.view(_numpy_dtype(bits)).astype(_numpy_dtype(bits).newbyteorder("="), copy=False))
 
 
