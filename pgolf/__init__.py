@@ -4,8 +4,20 @@
 in bytes and scores a run.
 """
 
-from pgolf import ops
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pgolf.errors import ArtifactError, DataError, PgolfError, UserError
+
+if TYPE_CHECKING:
+    from pgolf import ops
 
 __version__ = "0.1.0"
 __all__ = ["ArtifactError", "DataError", "PgolfError", "UserError", "__version__", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `pgolf doctor` must run where torch does not.
+    if name == "ops":
+        return importlib.import_module("pgolf.ops")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,22 +5,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pgolf
-from pgolf.artifact import read_artifact
-from pgolf.data.cli import add_data_parser
-from pgolf.data.tokenizer import Tokenizer
-from pgolf.dataset import validation_split
-from pgolf.distributed import launch
 from pgolf.doctor import add_doctor_parser
 from pgolf.errors import DataError, PgolfError, UserError
-from pgolf.evaluate import evaluate
-from pgolf.machine import compute_dtype
-from pgolf.quantize import model_from_artifact
-from pgolf.run import read_settings
-from pgolf.settings import load_settings
-from pgolf.size import projected_size
+
+# What needs torch is imported by the command that uses it: `pgolf doctor` must run where torch does not.
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=pgolf.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     add_doctor_parser(commands)
-    add_data_parser(commands)
+    _add_data_commands(commands)
 
     score = commands.add_parser("eval", help="score an artifact on a validation split")
     score.add_argument("target", metavar="RUN_OR_ARTIFACT", help="a run's folder or a .pgolf file")
@@ -63,7 +54,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _add_data_commands(commands: Any) -> None:
+    try:
+        from pgolf.data.cli import add_data_parser
+    except (ImportError, OSError):  # the doctor tells what is missing
+        return
+    add_data_parser(commands)
+
+
 def run_size(arguments: argparse.Namespace) -> int:
+    from pgolf.settings import load_settings
+    from pgolf.size import projected_size
+
     environ = {**os.environ, "PRESET": arguments.preset} if arguments.preset else None
     result = projected_size(load_settings(environ))
     if arguments.json:
@@ -82,6 +84,15 @@ def run_size(arguments: argparse.Namespace) -> int:
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
+    from pgolf.artifact import read_artifact
+    from pgolf.data.tokenizer import Tokenizer
+    from pgolf.dataset import validation_split
+    from pgolf.distributed import launch
+    from pgolf.evaluate import evaluate
+    from pgolf.machine import compute_dtype
+    from pgolf.quantize import model_from_artifact
+    from pgolf.run import read_settings
+
     target = Path(arguments.target)
     folder = target if target.is_dir() else target.parent
     path = target / "model.pgolf" if target.is_dir() else target

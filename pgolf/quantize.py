@@ -19,11 +19,12 @@ from pgolf.settings import Settings
 
 @torch.inference_mode()
 def collect_hessians(
-    model: Model, batches: Iterable[Tensor], ranks: Ranks, out_of_time: Callable[[], bool]
+    model: Model, batches: Iterable[Tensor], ranks: Ranks, seconds_left: Callable[[], float]
 ) -> dict[str, Tensor]:
     """Sum of x^T x over the inputs x of every matrix: name -> (count, columns, columns) float32, on the CPU.
 
-    `batches` are token rows (rows, length). Stops early, after at least one batch, when `out_of_time` says so.
+    `batches` are token rows (rows, length). Stops when a batch like the longest so far would not fit in
+    `seconds_left()`; the first is always taken.
     """
     device = next(model.parameters()).device
     hessians = {
@@ -39,9 +40,12 @@ def collect_hessians(
             last[:] = [x, (flat.mT @ flat).float() if flat.is_cuda else flat.float().mT @ flat.float()]
         hessians[name][index] += last[1]
 
+    longest, before = 0.0, seconds_left()
     for tokens in batches:
         model(tokens.to(device), observe)
-        if ranks.any(out_of_time()):
+        left = seconds_left()
+        longest, before = max(longest, before - left), left
+        if ranks.any(left < longest):
             break
     ranks.sum_(*hessians.values())
     return {name: hessian.cpu() for name, hessian in hessians.items()}

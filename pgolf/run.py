@@ -146,9 +146,9 @@ class Run:
 
     def close(self) -> None:
         """Write summary and report."""
+        self.seconds["total"] = time.perf_counter() - self.started
         if not self.ranks.first:
             return
-        self.seconds["total"] = time.perf_counter() - self.started
         self.note(backends=ops.used(), fallbacks=ops.fallbacks())
         self.note(seconds={name: round(value, 3) for name, value in self.seconds.items()})
         write_json(self.folder / "summary.json", self.summary)

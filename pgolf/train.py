@@ -33,7 +33,7 @@ class Trainer:
         self.micro_rows = settings.micro_batch_tokens // settings.train_seq_len
         self.step = 0
         self.used_seconds = 0.0  # of the wall-clock budget
-        self.step_seconds = 0.0  # estimate of one step
+        self.step_seconds = 0.0  # of one step, cautiously
         if self.global_rows % ranks.world_size:
             raise UserError(
                 f"TRAIN_BATCH_TOKENS={settings.train_batch_tokens} is {self.global_rows} rows of "
@@ -70,19 +70,19 @@ class Trainer:
                 f"{self.step_seconds:.2f} s and GPTQ_RESERVE_SECONDS={settings.gptq_reserve_seconds:g} are kept back"
             )
         used_before = self.used_seconds
-        validation_seconds = 0.0
         begin = time.perf_counter()
-        first_step = self.step
+        last = begin
         with run.deferring_signals():
             while True:
                 near_end = self.used_seconds + 2 * SYNC_STEPS * self.step_seconds > self.train_limit_seconds
                 if self.step % SYNC_STEPS == 0 or near_end:
                     self._synchronize()
-                elapsed = used_before + time.perf_counter() - begin - validation_seconds
+                now = time.perf_counter()
+                # The longest of late: a step that is begun must end in time, on a busy machine too.
+                self.step_seconds, last = max(now - last, 0.9 * self.step_seconds), now
+                elapsed = used_before + now - begin
                 elapsed, stop = self.ranks.agree(elapsed, float(elapsed + self.step_seconds > self.train_limit_seconds))
                 self.used_seconds = elapsed
-                if self.step > first_step:
-                    self.step_seconds = (elapsed - used_before) / (self.step - first_step)
                 if self.ranks.any(run.signal is not None):
                     self.save()
                     raise Interrupted
@@ -94,7 +94,7 @@ class Trainer:
                 if self.ema:
                     self.ema.update()
                 if settings.train_log_every and (self.step <= 10 or self.step % settings.train_log_every == 0):
-                    self._log_step(loss, scale, used_before + time.perf_counter() - begin - validation_seconds)
+                    self._log_step(loss, scale, used_before + time.perf_counter() - begin)
         if stop:
             where = f"step:{self.step}/{settings.iterations}"
             run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
@@ -107,10 +107,15 @@ class Trainer:
         for _ in range(self.settings.gptq_calibration_batches):
             yield from self.loader.next_batch()[0].split(self.micro_rows)
 
-    def countdown(self) -> Callable[[], bool]:
-        """Start the clock again; the result tells whether the wall-clock budget is used up."""
+    def countdown(self) -> Callable[[], float]:
+        """Start the clock again; the result tells how many seconds of the wall-clock budget are left."""
         end = time.perf_counter() + self.settings.max_wallclock_seconds - self.used_seconds
-        return lambda: time.perf_counter() >= end
+
+        def seconds_left() -> float:
+            self._synchronize()
+            return end - time.perf_counter()
+
+        return seconds_left
 
     def _one_step(self, scale: float) -> torch.Tensor:
         """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""

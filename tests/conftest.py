@@ -4,3 +4,57 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
+
+import random
+
+import pytest
+
+WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from".split()  # noqa: SIM905
+
+
+def made_up_text(documents: int, seed: int = 0) -> list[str]:
+    """Documents of common words in random order: no file needed, and something to learn."""
+    choice = random.Random(seed)
+    return [
+        "\n".join(" ".join(choice.choices(WORDS, k=12)) + "." for _ in range(choice.randint(5, 20)))
+        for _ in range(documents)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """(folder of shards, tokenizer of 320 pieces) for runs of a second."""
+    from pgolf.data.prepare import tokenize_files
+
+    folder = tmp_path_factory.mktemp("text")
+    files = []
+    for index, text in enumerate(made_up_text(60)):
+        files.append(folder / f"{index}.txt")
+        files[-1].write_text(text, encoding="utf-8")
+    paths = tokenize_files(files, folder / "tiny", vocab_size=320)
+    return paths.data_path, paths.tokenizer_path
+
+
+@pytest.fixture(scope="session")
+def tiny_environ(tiny_data):
+    """Environment variables of a run of a few steps on `tiny_data`."""
+    data_path, tokenizer_path = tiny_data
+    return {
+        "PRESET": "demo",
+        "DATA_PATH": str(data_path),
+        "TOKENIZER_PATH": str(tokenizer_path),
+        "VOCAB_SIZE": "320",
+        "MODEL_DIM": "32",
+        "NUM_LAYERS": "3",
+        "TRAIN_SEQ_LEN": "32",
+        "TRAIN_BATCH_TOKENS": "256",
+        "MICRO_BATCH_TOKENS": "256",
+        "VAL_BATCH_SIZE": "256",
+        "WARMUP_STEPS": "1",
+        "ITERATIONS": "6",
+        "MAX_WALLCLOCK_SECONDS": "10000",
+        "GPTQ_CALIBRATION_BATCHES": "4",
+        "DTYPE": "float32",
+        "DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }

@@ -1,0 +1,219 @@
+"""The training loop's parts: schedule, budget, warm-up, micro-batches, calibration."""
+
+import contextlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf.artifact import read_artifact, write_artifact
+from pgolf.data.loader import TokenLoader
+from pgolf.data.shards import write_shard
+from pgolf.distributed import Ranks
+from pgolf.errors import ArtifactError, UserError
+from pgolf.model import Model, ModelConfig
+from pgolf.quantize import collect_hessians, model_from_artifact, quantize
+from pgolf.settings import Settings, load_settings
+from pgolf.train import Trainer, lr_scale
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
+TINY = {
+    "PRESET": "demo",
+    "VOCAB_SIZE": "64",
+    "MODEL_DIM": "32",
+    "NUM_LAYERS": "2",
+    "TRAIN_SEQ_LEN": "16",
+    "TRAIN_BATCH_TOKENS": "128",
+    "MICRO_BATCH_TOKENS": "128",
+    "WARMUP_STEPS": "1",
+    "MAX_WALLCLOCK_SECONDS": "10000",
+    "DTYPE": "float32",
+    "TRAIN_LOG_EVERY": "0",
+}
+
+
+class SilentRun:
+    """What a Trainer needs of a run."""
+
+    signal = None
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.lines = []
+
+    def log(self, line, console=True):
+        self.lines.append(line)
+
+    def metric(self, kind, **values):
+        pass
+
+    def deferring_signals(self):
+        return contextlib.nullcontext()
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """trainer(ITERATIONS="3") -> a Trainer on random tokens that repeat with period 7."""
+    write_shard(tmp_path / "x_train_000000.bin", np.arange(2000) * 5 % 7)
+
+    def make(**environ) -> Trainer:
+        settings = load_settings({**TINY, **environ})
+        loader = TokenLoader(
+            [tmp_path / "x_train_000000.bin"], settings.train_seq_len, settings.train_batch_tokens, 1, vocab_size=64
+        )
+        model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(1))
+        return Trainer(model, loader, settings, ALONE, SilentRun(tmp_path))
+
+    return make
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_learns_a_period(trainer):
+    t = trainer(ITERATIONS="60", WARMUP_STEPS="0")
+    rows = next(iter(t.loader.next_batch()))
+    before = float(t.model.loss(rows[:, :-1], rows[:, 1:]).detach())
+    t.train()
+    after = float(t.model.loss(rows[:, :-1], rows[:, 1:]).detach())
+    assert before > 3.5
+    assert after < 0.5
+
+
+def test_warm_up_leaves_no_trace(trainer):
+    runs = []
+    for steps in ("0", "3"):
+        t = trainer(ITERATIONS="4", WARMUP_STEPS=steps)
+        t.warm_up()
+        t.train()
+        runs.append(weights(t))
+    assert torch.equal(*runs)
+
+
+def test_micro_batches_only_cut_the_work(trainer):
+    runs = []
+    for tokens in ("128", "48", "16"):
+        t = trainer(ITERATIONS="2", MICRO_BATCH_TOKENS=tokens)
+        t.train()
+        runs.append(weights(t))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(runs[0], runs[2], rtol=1e-3, atol=1e-4)
+
+
+def test_the_wall_clock_is_a_hard_limit(trainer):
+    t = trainer(MAX_WALLCLOCK_SECONDS="2", GPTQ_RESERVE_SECONDS="1")
+    t.warm_up()
+    t.train()
+    assert 0.5 < t.used_seconds < 2.0  # 1.0 and jitter; what is beyond it comes out of the reserve
+    assert t.step > 5
+    assert any(line.startswith("stopping_early: wallclock_cap") for line in t.run.lines)
+
+
+def test_a_budget_below_one_step_is_refused(trainer):
+    t = trainer(MAX_WALLCLOCK_SECONDS="0.0001", GPTQ_RESERVE_SECONDS="0")
+    t.warm_up()
+    with pytest.raises(UserError, match=r"MAX_WALLCLOCK_SECONDS=0\.0001 is too small for one step"):
+        t.train()
+
+
+def test_checkpoint_continues_exactly(trainer):
+    whole = trainer(ITERATIONS="6")
+    whole.train()
+    first = trainer(ITERATIONS="6")
+    for _ in range(3):
+        first._one_step(lr_scale(first.settings, first.step, 0.0, first.train_limit_seconds))
+        first.step += 1
+        first.ema.update()
+    first.save()
+    second = trainer(ITERATIONS="6")
+    second.warm_up()
+    second.load()
+    assert second.step == 3
+    second.train()
+    torch.testing.assert_close(weights(second), weights(whole), rtol=1e-6, atol=1e-7)
+
+
+def test_a_damaged_checkpoint_is_one_line(trainer, tmp_path):
+    t = trainer()
+    t.save()
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint") as error:
+        t.load()
+    assert "\n" not in str(error.value)
+
+
+def test_learning_rate_falls_by_steps_or_by_time_whichever_ends_first():
+    settings = Settings(iterations=100, warmdown_frac=0.5, min_lr_frac=0.1)
+    assert lr_scale(settings, 0, 0.0, 60.0) == lr_scale(settings, 50, 30.0, 60.0) == 1.0
+    assert lr_scale(settings, 75, 0.0, 60.0) == lr_scale(settings, 0, 45.0, 60.0) == pytest.approx(0.55)
+    assert lr_scale(settings, 100, 0.0, 60.0) == lr_scale(settings, 0, 61.0, 60.0) == pytest.approx(0.1)
+    assert lr_scale(Settings(warmdown_frac=0.0), 19_999, 0.0, 1.0) == 1.0
+
+
+def test_hessians_are_the_second_moments_of_the_inputs(trainer):
+    model = trainer().model
+    batches = [torch.randint(64, (2, 16)) for _ in range(3)]
+    hessians = collect_hessians(model, iter(batches), ALONE, lambda: 1e9)
+    expected = {name: torch.zeros_like(h) for name, h in hessians.items()}
+    for tokens in batches:
+
+        def add(name, index, x):
+            flat = x.detach().reshape(-1, x.size(-1))
+            expected[name][index] += flat.T @ flat
+
+        model(tokens, add)
+    assert hessians.keys() == {"embedding", "qo_bank", "kv_bank", "up_bank", "down_bank"}
+    for name, hessian in hessians.items():
+        torch.testing.assert_close(hessian, expected[name], rtol=1e-4, atol=1e-3)
+
+
+def test_calibration_takes_one_batch_and_stops_when_time_is_up(trainer):
+    t = trainer()
+    taken = []
+    clock = itertools.count(0, -10)
+    batches = (taken.append(1) or torch.randint(64, (2, 16)) for _ in range(5))
+    hessians = collect_hessians(t.model, batches, ALONE, lambda: 5.0 + next(clock))
+    assert len(taken) == 1
+    assert float(hessians["embedding"].diagonal(dim1=1, dim2=2).sum()) == pytest.approx(32 * 32, rel=0.01)
+
+
+def test_quantised_model_scores_like_the_trained_one(trainer, tmp_path):
+    t = trainer(ITERATIONS="60", WARMUP_STEPS="0", EMA_DECAY="0")
+    t.train()
+    hessians = collect_hessians(t.model, t.calibration_batches(), ALONE, lambda: 1e9)
+    tensors = quantize(t.model, hessians, t.settings)
+    assert {x.name: x.bits for x in tensors if x.scale is not None} == {
+        "embedding": 8,
+        "qo_bank": 6,
+        "kv_bank": 6,
+        "up_bank": 6,
+        "down_bank": 6,
+    }
+    path = tmp_path / "model.pgolf"
+    write_artifact(path, tensors, {"model": t.model.config.as_dict()})
+    loaded = model_from_artifact(read_artifact(path), torch.float32, CPU)
+    rows = torch.randint(0, 1, (1, 1)) + torch.arange(17) * 5 % 7
+    trained, stored = (float(m.loss(rows[:, :-1], rows[:, 1:]).detach()) for m in (t.model, loaded))
+    assert trained < 0.5
+    assert abs(stored - trained) < 0.1
+
+
+def test_an_artifact_of_another_shape_is_refused(trainer, tmp_path):
+    t = trainer()
+    hessians = collect_hessians(t.model, t.calibration_batches(), ALONE, lambda: 1e9)
+    tensors = quantize(t.model, hessians, t.settings)
+    path = tmp_path / "model.pgolf"
+    for metadata in (
+        {},
+        {"model": {}},
+        {"model": {**t.model.config.as_dict(), "num_layers": 3}},
+        {"model": {**t.model.config.as_dict(), "num_heads": 0}},
+        {"model": {**t.model.config.as_dict(), "model_dim": "wide"}},
+    ):
+        write_artifact(path, tensors, metadata)
+        with pytest.raises(ArtifactError):
+            model_from_artifact(read_artifact(path), torch.float32, CPU)
