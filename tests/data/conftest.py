@@ -2,6 +2,7 @@
 
 import pytest
 
+from pgolf.data.corpus import demo_documents
 from pgolf.data.prepare import DataPaths, prepare_demo
 from pgolf.data.tokenizer import Tokenizer
 
@@ -10,6 +11,12 @@ from pgolf.data.tokenizer import Tokenizer
 def demo(tmp_path_factory) -> DataPaths:
     """The demo's data; tests must not change it."""
     return prepare_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def demo_texts() -> list[str]:
+    """The demo corpus, collected a second time: the same text as `demo` was made of."""
+    return demo_documents()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
+import itertools
 import json
-import os
-import signal
-import subprocess
+import multiprocessing
 import sys
 import time
 
@@ -22,17 +21,17 @@ def decoded_documents(folder, split: str, tokenizer: Tokenizer) -> list[str]:
     tokens = np.concatenate([read_shard(path) for path in find_shards(folder, split)])
     assert tokens[0] == tokenizer.bos_id
     starts = [*np.flatnonzero(tokens == tokenizer.bos_id), len(tokens)]
-    return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [tokenizer.decode(tokens[a:b].tolist()) for a, b in itertools.pairwise(starts)]
 
 
-def test_the_demo(demo, tokenizer):
+def test_the_demo(demo, tokenizer, demo_texts):
     assert demo.data_path.parts[-2:] == ("datasets", "demo_sp1024")
     assert demo.tokenizer_path.parts[-2:] == ("tokenizers", "demo_1024_bpe.model")
     assert (tokenizer.vocab_size, tokenizer.bos_id) == (1024, 1)
     train = decoded_documents(demo.data_path, "train", tokenizer)
     val = decoded_documents(demo.data_path, "val", tokenizer)
     assert not set(train) & set(val)
-    assert sorted(train + val) == sorted(document.replace("\u2581", " ") for document in prepare.demo_documents())
+    assert sorted(train + val) == sorted(document.replace("\u2581", " ") for document in demo_texts)
     assert 150_000 < sum(len(text.encode("utf-8")) for text in val) <= prepare.DEMO_VAL_BYTES
 
     def paragraphs(texts):
@@ -100,34 +99,37 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         prepare_demo(tmp_path / "data")
 
 
-SLOW_DEMO = """
-import sys, time
-from pgolf.data import prepare
-def documents():
-    print("making", flush=True)
-    time.sleep(float(sys.argv[2]))
-    return [f"Document {i}. " + f"It says {i * i} and more words, {i} of {i + 1} times over. " * 40 for i in range(40)]
-prepare.demo_documents, prepare.DEMO_VOCAB_SIZE, prepare.DEMO_VAL_BYTES = documents, 330, 10_000
-print(prepare.prepare_demo(sys.argv[1]).data_path, flush=True)
-"""
-
-
-def start_demo(root, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-c", SLOW_DEMO, str(root), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_two_processes_at_once_and_one_killed_midway(tmp_path, quick_demo):
-    killed = start_demo(tmp_path, 60)
-    assert killed.stdout.readline() == "making\n"
-    waiting = [start_demo(tmp_path, 0.2), start_demo(tmp_path, 0.2)]
-    time.sleep(0.2)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    killed.stdout.close()
-    outputs = [process.communicate(timeout=60)[0] for process in waiting]
-    assert [process.returncode for process in waiting] == [0, 0]
-    assert sum(output.count("making") for output in outputs) == 1  # one made it, the other used it
+    fork = multiprocessing.get_context("fork")
+    made = fork.SimpleQueue()
+    quick_documents = prepare.demo_documents
+
+    def start(seconds: float):
+        def documents():
+            made.put(1)
+            time.sleep(seconds)
+            return quick_documents()
+
+        def run():
+            prepare.demo_documents = documents
+            prepare_demo(tmp_path)
+
+        process = fork.Process(target=run)
+        process.start()
+        return process
+
+    killed = start(seconds=60)
+    made.get()  # it holds the lock now
+    waiting = [start(seconds=0.2), start(seconds=0.2)]
+    time.sleep(0.3)
+    assert made.empty()  # they wait
+    killed.kill()
+    for process in (killed, *waiting):
+        process.join(timeout=60)
+    assert [process.exitcode for process in waiting] == [0, 0]
+    assert made.get() == 1
+    assert made.empty()  # one made it, the other used it
     prepare_demo(tmp_path)
     assert not quick_demo  # and so do we
     assert not list(tmp_path.rglob("*.tmp"))
@@ -166,7 +168,22 @@ def test_cut_text_prefers_blank_lines():
     assert cut_text("aaaa bbbb\ncccc", 4) == ["aaaa ", "bbbb\n", "cccc"]
 
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix potent quartz".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "mix",
+    "quartz",
+]
 
 
 def prose(seed: int, words: int = 3000) -> str:
@@ -246,7 +263,7 @@ def test_what_cannot_be_tokenized_is_refused_and_leaves_nothing(tmp_path, conten
 
 
 def test_missing_files_and_used_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match="cannot read .*none.txt: No such file"):
+    with pytest.raises(DataError, match=r"cannot read .*none.txt: No such file"):
         tokenize_files([tmp_path / "none.txt"], tmp_path / "out")
     with pytest.raises(DataError, match="directory"):
         tokenize_files([tmp_path], tmp_path / "out")
