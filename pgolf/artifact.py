@@ -283,6 +283,7 @@ def _count_bytes(entries: list[Entry], lengths: list[int], manifest_bytes: int) 
 def _check_tensor(tensor: StoredTensor) -> None:
     check_description(tensor.name, tensor.role, tensor.shape, tensor.bits)
     values, scale, quantised = tensor.values, tensor.scale, tensor.bits in QUANTISED_BITS
+    expected: list[tuple[Any, tuple[int, ...], torch.dtype, str]]
     expected = [(values, tensor.shape, streams.dtype_of(tensor.bits), "values")]
     if quantised:
         expected.append((scale, tensor.shape[:-1], torch.float16, "scale"))
