@@ -16,8 +16,8 @@ Layout of the file, version 1. Integers are little-endian and unsigned; CRC is t
 
 Because every CRC continues the one before it, no bit can be flipped and no stream moved, dropped or added unseen.
 
-The manifest is `{"metadata": {...}, "tensors": [...]}`. Each of the at most 1024 tensors is an object with exactly these
-members:
+The manifest is `{"metadata": {...}, "tensors": [...]}`. Each tensor, of at most 1024, is an object with exactly
+these members:
 
     name    1 to 128 characters out of A-Z a-z 0-9 _ . / -, unique in the file
     role    embedding | attention | mlp | control
