@@ -17,9 +17,7 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {
-    module_name(path): path
-    for folder in ("pgolf", "triton_kernels")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+    module_name(path): path for folder in ("pgolf", "triton_kernels") for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
 

@@ -54,7 +54,15 @@ def test_bad_values_and_near_names_are_one_line(environ, named):
 
 
 def test_unrelated_variables_are_left_alone():
-    environ = {"PRESET": "demo", "HOME": "/", "PATH": "", "USER": "x", "SEEDLINGS": "1", "TERM": "x", "DEVICE_ORDER": "1"}
+    environ = {
+        "PRESET": "demo",
+        "HOME": "/",
+        "PATH": "",
+        "USER": "x",
+        "SEEDLINGS": "1",
+        "TERM": "x",
+        "DEVICE_ORDER": "1",
+    }
     assert load_settings(environ).preset == "demo"
 
 

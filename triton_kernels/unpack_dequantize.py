@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from pgolf.triton_kernels.variants import Variant, architecture
 from torch import Tensor
+
+from pgolf.triton_kernels.variants import Variant, architecture
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from pgolf.triton_kernels.unpack_dequantize import launch
 from test_unpack_dequantize import SHAPES, random_weights
 
 from pgolf import ops
+from pgolf.triton_kernels.unpack_dequantize import launch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
