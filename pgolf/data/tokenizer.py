@@ -76,12 +76,12 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            vocab_size = self._model.vocab_size() if model else 0  # no bytes at all parse as an empty model
         except (RuntimeError, ValueError, TypeError):
-            self._model = None
-        # an empty file parses as an empty model
-        if self._model is None or not model or self._model.vocab_size() <= 0:
+            vocab_size = 0
+        if vocab_size <= 0:
             raise DataError(f"{path}: not a SentencePiece model ({len(model)} bytes); a *.model file is needed")
-        self.vocab_size: int = self._model.vocab_size()
+        self.vocab_size: int = vocab_size
         self.bos_id: int = self._model.bos_id()
 
     def encode(self, text: str) -> list[int]:
