@@ -1,0 +1,102 @@
+"""One whole training step of a preset: data, forward, backward, optimisers, moving average. And scoring.
+
+A GPU gets an eighth of the preset's batch, its share of eight.
+"""
+
+import pytest
+import torch
+from harness import Work
+from shapes import name
+
+pytest.importorskip("pydantic", reason="settings need pydantic")
+pytest.importorskip("jinja2", reason="the record of a run needs jinja2")
+
+from pgolf.data.loader import TokenLoader
+from pgolf.data.shards import write_shard
+from pgolf.distributed import Ranks
+from pgolf.evaluate import evaluate
+from pgolf.machine import compute_dtype
+from pgolf.model import Model, ModelConfig
+from pgolf.ops import used
+from pgolf.settings import Settings, load_settings
+from pgolf.train import Trainer
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+RANKS = Ranks(0, 1, DEVICE)
+
+
+def settings_of(preset: str) -> Settings:
+    environ = {"RUN_ID": "bench"}
+    if preset == "baseline":
+        environ["TRAIN_BATCH_TOKENS"] = environ["MICRO_BATCH_TOKENS"] = str(524_288 // 8)
+    return load_settings(environ, preset=preset, cuda=CUDA)
+
+
+def make_model(settings: Settings) -> Model:
+    dtype = compute_dtype(settings.dtype, DEVICE)
+    return Model(ModelConfig.of(settings), dtype).initialise(torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def make_trainer(settings: Settings, folder) -> Trainer:
+    shard = folder / "random_train_000000.bin"
+    write_shard(shard, torch.randint(settings.vocab_size, (4 * settings.train_batch_tokens,)).numpy())
+    loader = TokenLoader(
+        [shard], settings.train_seq_len, settings.train_batch_tokens, settings.seed, vocab_size=settings.vocab_size
+    )
+    return Trainer(make_model(settings), loader, settings, RANKS, run=None)
+
+
+def work(model: Model, tokens: int, passes: int) -> Work:
+    """FLOPs of the matrix products, 2 a weight, token and pass (attention's own left out); bytes of the weights."""
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    return Work(bytes=4 * weights * passes, flops=2 * weights * tokens * passes, tokens=tokens)
+
+
+@pytest.mark.parametrize("preset", ["demo", "baseline"])
+def test_training_step(measure, preset, tmp_path):
+    if preset == "baseline" and not CUDA:
+        pytest.skip("a step of baseline takes a minute without a GPU")
+    settings = settings_of(preset)
+    trainer = make_trainer(settings, tmp_path)
+
+    def step():
+        loss = trainer._one_step(0.1)
+        if trainer.ema:
+            trainer.ema.update()
+        return loss
+
+    step()
+    backends = sorted({used()[op] for op in ("leaky_relu2_mlp", "softcapped_cross_entropy", "newton_schulz")})
+    measure(
+        "training_step",
+        preset,
+        shape=f"{settings.train_batch_tokens} tokens",
+        dtype=name(trainer.model.dtype),
+        backend=("compiled, " if trainer.compiled else "") + " ".join(backends),
+        make=tuple,
+        call=step,
+        work=work(trainer.model, settings.train_batch_tokens, passes=3),
+    )
+
+
+def test_scoring(measure):
+    settings = settings_of("demo")
+    model = make_model(settings)
+    count = 16 * settings.val_batch_size if CUDA else 2 * settings.val_batch_size
+    byte_counts = torch.ones(count + 1, dtype=torch.int64)
+
+    def call(tokens):
+        score = evaluate(model, tokens, byte_counts, settings.train_seq_len, settings.val_batch_size, RANKS)
+        return torch.tensor(score.nats)
+
+    measure(
+        "scoring",
+        "demo",
+        shape=f"{count} tokens",
+        dtype=name(model.dtype),
+        backend=used().get("softcapped_cross_entropy", "reference"),
+        make=lambda: (torch.randint(settings.vocab_size, (count + 1,)),),
+        call=call,
+        work=work(model, count, passes=1),
+    )

@@ -1,0 +1,88 @@
+"""`pytest bench/`: benchmarks, not tests. They pass at any speed and take what time they need."""
+
+from collections.abc import Callable
+from typing import Any
+
+import device
+import pytest
+import results
+import torch
+from harness import CLOCK, QUICK, Call, Work, check_agreement, run_rounds, seconds_per_call
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+MACHINE = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    config.stash[MACHINE] = device.describe()
+    config.option.benchmark_quiet = True  # the table below says more
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK.now))
+        if config.pluginmanager.hasplugin("timeout"):
+            item.add_marker(pytest.mark.timeout(0))
+
+
+@pytest.fixture(scope="session")
+def kind(pytestconfig: pytest.Config) -> str:
+    """The device that is measured: "cuda" where there is one, else "cpu"."""
+    return pytestconfig.stash[MACHINE]["kind"]
+
+
+@pytest.fixture(scope="session")
+def ceilings(pytestconfig: pytest.Config, kind: str) -> dict[str, float]:
+    """Measured once a session."""
+    torch.manual_seed(0)
+    found = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
+    pytestconfig.stash[MACHINE]["ceilings"] = found
+    return found
+
+
+@pytest.fixture
+def measure(benchmark: Any, kind: str, ceilings: dict[str, float], pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Measure one operation beside others and keep the row."""
+
+    def measure(
+        operation: str,
+        case: str,  # what tells this row from the operation's others, the same on every device
+        *,
+        shape: str,
+        dtype: str,
+        backend: str,
+        make: Callable[[], tuple],  # fresh random arguments
+        call: Call,
+        work: Work,
+        others: dict[str, Call] | None = None,
+        tolerance: float | None = 0.0,  # by which the others may differ; None: not comparable
+    ) -> None:
+        others = others or {}
+        if tolerance is not None:
+            check_agreement(call, others, make, tolerance)
+        measurement = run_rounds(benchmark, call, make, others, kind)
+        row = {"operation": operation, "case": case, "shape": shape, "dtype": dtype, "backend": backend}
+        row |= measurement.row(work, ceilings, dtype)
+        benchmark.extra_info.update(row)
+        pytestconfig.stash[ROWS].append(row)
+
+    torch.manual_seed(torch.seed() % 2**31)
+    return measure
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    machine = config.stash[MACHINE]
+    output_json["pgolf"] = {**machine, "date": device.today(), "command": "pytest bench/", "quick": QUICK}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    machine, rows = config.stash[MACHINE], config.stash[ROWS]
+    if not rows:
+        return
+    terminalreporter.section("benchmarks")
+    terminalreporter.write_line(results.machine_line({**machine, "date": device.today()}))
+    for line in results.table(rows, markdown=False):
+        terminalreporter.write_line(line)
+    if QUICK:
+        terminalreporter.write_line("PGOLF_BENCH_QUICK: too few rounds to mean anything")

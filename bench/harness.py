@@ -1,0 +1,163 @@
+"""How every benchmark here measures.
+
+The operation and what it is compared with run in one process, in alternating order, each round on another set of random
+inputs; the sets together are larger than the cache. A figure is the median over the rounds, a ratio the median of the
+rounds' own ratios. On CUDA the device's events take the time, with a synchronisation after each call; a pause queued in
+front hides the host's launches as long as they take less than about a millisecond.
+
+pytest-benchmark keeps the statistics: its timer is `Clock.now`, which only the operation's measured time moves.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUICK = os.environ.get("PGOLF_BENCH_QUICK", "") not in ("", "0")  # few rounds: proves that it runs, measures nothing
+BUDGET_SECONDS = 0.05 if QUICK else 1.0  # a benchmark, all contenders together
+ROUNDS = (2, 4) if QUICK else (5, 100)  # at least, at most
+PAUSE_CYCLES = 2_000_000  # about 1 ms
+CPU_CACHE_BYTES = 32 << 20
+MOST_INPUT_SETS = 16
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that one call must do: each input byte read once, each output byte written once, FLOPs of products."""
+
+    bytes: int
+    flops: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Clock:
+    """Seconds of measured work since the start; the timer that pytest-benchmark reads."""
+
+    seconds: float = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+
+CLOCK = Clock()
+
+
+@dataclass
+class Measurement:
+    """Seconds of every round, for the operation and for each of the others."""
+
+    ours: list[float] = field(default_factory=list)
+    others: dict[str, list[float]] = field(default_factory=dict)
+
+    def row(self, work: Work, ceilings: dict[str, float], dtype: str) -> dict[str, Any]:
+        """median_ms, rate, rate_unit, share_of_ceiling, others {name: {median_ms, times_faster}}."""
+        seconds = statistics.median(self.ours)
+        by_bytes = work.bytes / ceilings["copy_gb_per_s"] / 1e9
+        by_flops = work.flops / ceilings.get(f"{dtype}_tflop_per_s", float("inf")) / 1e12
+        if work.tokens:
+            rate, unit = work.tokens / seconds, "tokens/s"
+        elif by_flops > by_bytes:
+            rate, unit = work.flops / seconds / 1e12, "TFLOP/s"
+        else:
+            rate, unit = work.bytes / seconds / 1e9, "GB/s"
+        return {
+            "median_ms": 1e3 * seconds,
+            "rate": rate,
+            "rate_unit": unit,
+            "share_of_ceiling": max(by_bytes, by_flops) / seconds,
+            "others": {
+                name: {
+                    "median_ms": 1e3 * statistics.median(times),
+                    "times_faster": statistics.median(b / a for a, b in zip(self.ours, times, strict=True)),
+                }
+                for name, times in self.others.items()
+            },
+        }
+
+
+def seconds_per_call(device: str) -> Callable[..., float]:
+    """A function that calls `call(*args)` once and returns the seconds that took on `device` ("cuda" or "cpu")."""
+
+    def on_cpu(call: Call, *args: Any) -> float:
+        begin = time.perf_counter()
+        result = call(*args)
+        end = time.perf_counter()
+        del result  # freeing is not part of it
+        return end - begin
+
+    def on_cuda(call: Call, *args: Any) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(PAUSE_CYCLES)
+        begin.record()
+        call(*args)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return on_cuda if device == "cuda" else on_cpu
+
+
+def input_sets(make: Callable[[], tuple], device: str) -> list[tuple]:
+    """As many fresh sets of arguments as exceed the cache three times, at least 2."""
+    first = make()
+    size = sum(value.nbytes for value in first if isinstance(value, Tensor))
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CPU_CACHE_BYTES
+    count = min(MOST_INPUT_SETS, max(2, -(-3 * cache // max(size, 1)))) if size else 1
+    return [first, *(make() for _ in range(count - 1))]
+
+
+def run_rounds(
+    benchmark: Any,  # pytest-benchmark's fixture, with CLOCK.now as its timer
+    call: Call,
+    make: Callable[[], tuple],
+    others: dict[str, Call],
+    device: str,
+) -> Measurement:
+    """Warm up, decide on the number of rounds, and measure `call` and the others in alternation."""
+    timed = seconds_per_call(device)
+    sets = input_sets(make, device)
+    contenders = {"": call, **others}
+    for contender in contenders.values():  # compile, fill caches and pools
+        for _ in range(1 if QUICK else 2):
+            timed(contender, *sets[0])
+    estimate = sum(timed(contender, *sets[-1]) for contender in contenders.values())
+    least, most = ROUNDS
+    rounds = max(least, min(most, int(BUDGET_SECONDS / max(estimate, 1e-6))))
+    measurement = Measurement(others={name: [] for name in others})
+    names = list(contenders)
+
+    def one_round() -> None:
+        index = len(measurement.ours)
+        arguments = sets[index % len(sets)]
+        for name in names if index % 2 == 0 else reversed(names):
+            seconds = timed(contenders[name], *arguments)
+            (measurement.others[name] if name else measurement.ours).append(seconds)
+        CLOCK.seconds += measurement.ours[-1]
+
+    benchmark.pedantic(one_round, rounds=rounds)
+    return measurement
+
+
+def check_agreement(call: Call, others: dict[str, Call], make: Callable[[], tuple], tolerance: float) -> None:
+    """All contenders must compute the same thing: relative error in float64 at most `tolerance`, 0 for equality."""
+    arguments = make()
+    expected = _flat(call(*arguments))
+    for name, other in others.items():
+        found = _flat(other(*arguments))
+        assert found.shape == expected.shape, f"{name} returns {tuple(found.shape)}, not {tuple(expected.shape)}"
+        error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        assert error <= tolerance, f"{name} differs by {error:.2g}, accepted is {tolerance:g}"
+
+
+def _flat(result: Any) -> Tensor:
+    parts = result if isinstance(result, (tuple, list)) else (result,)
+    return torch.cat([part.detach().reshape(-1).double() for part in parts])
