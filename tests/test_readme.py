@@ -76,7 +76,7 @@ def test_data_commands(as_a_user):
     for path in (ROOT / "pgolf").glob("*.py"):
         shutil.copy(path, own / f"{path.stem}.txt")
     (command,) = (line for line in COMMANDS if line.startswith("pgolf data tokenize"))
-    run(command.partition("#")[0] + "--vocab-size 320", as_a_user)
+    run(command.partition("#")[0] + "--vocab-size 512", as_a_user)
     assert list((as_a_user[0] / "data" / "datasets" / "mine").glob("*_train_*.bin"))
 
 
