@@ -13,19 +13,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import pgolf.triton_kernels
 import triton
-from pgolf.triton_kernels.variants import Variant
+from hopper import WARPS_PER_SM, blocks_per_sm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import pgolf.triton_kernels
+from pgolf.triton_kernels.variants import Variant
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-REGISTERS_PER_SM = 65536  # this and the next are those of sm_90
-WARPS_PER_SM = 64
-BLOCKS_PER_SM = 32
-SHARED_BYTES_PER_SM = 228 * 1024
-SHARED_BYTES_PER_BLOCK = 1024  # that the driver takes for itself
 
 
 @dataclass(frozen=True)
@@ -87,14 +84,6 @@ def read_cubin(cubin: bytes, num_warps: int, shared_bytes: int) -> Resources:
         blocks_per_sm=blocks,
         occupancy=blocks * num_warps / WARPS_PER_SM,
     )
-
-
-def blocks_per_sm(registers: int, num_warps: int, shared_bytes: int) -> int:
-    """Blocks that fit on one multiprocessor of sm_90 by registers, shared memory, warps and the limit of 32."""
-    registers_per_warp = -(-registers * 32 // 256) * 256  # handed out by 256
-    by_registers = REGISTERS_PER_SM // max(registers_per_warp * num_warps, 1)
-    by_shared = SHARED_BYTES_PER_SM // (shared_bytes + SHARED_BYTES_PER_BLOCK)
-    return min(by_registers, by_shared, WARPS_PER_SM // num_warps, BLOCKS_PER_SM)
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -1,6 +1,7 @@
 """`pytest bench/`: benchmarks, not tests. They pass at any speed and take what time they need."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import device
@@ -33,16 +34,16 @@ def kind(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def ceilings(pytestconfig: pytest.Config, kind: str) -> dict[str, float]:
-    """Measured once a session."""
-    torch.manual_seed(0)
-    found = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
-    pytestconfig.stash[MACHINE]["ceilings"] = found
-    return found
+def ceilings(pytestconfig: pytest.Config, kind: str):
+    """Measured before the first benchmark and after the last; the higher counts, as neighbours only take away."""
+    first = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
+    yield
+    last = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
+    pytestconfig.stash[MACHINE]["ceilings"] = {name: max(value, last[name]) for name, value in first.items()}
 
 
 @pytest.fixture
-def measure(benchmark: Any, kind: str, ceilings: dict[str, float], pytestconfig: pytest.Config) -> Callable[..., None]:
+def measure(benchmark: Any, kind: str, ceilings: None, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Measure one operation beside others and keep the row."""
 
     def measure(
@@ -63,11 +64,11 @@ def measure(benchmark: Any, kind: str, ceilings: dict[str, float], pytestconfig:
             check_agreement(call, others, make, tolerance)
         measurement = run_rounds(benchmark, call, make, others, kind)
         row = {"operation": operation, "case": case, "shape": shape, "dtype": dtype, "backend": backend}
-        row |= measurement.row(work, ceilings, dtype)
+        row |= {**measurement.row(), **asdict(work)}
         benchmark.extra_info.update(row)
         pytestconfig.stash[ROWS].append(row)
 
-    torch.manual_seed(torch.seed() % 2**31)
+    torch.seed()
     return measure
 
 
@@ -78,11 +79,11 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     machine, rows = config.stash[MACHINE], config.stash[ROWS]
-    if not rows:
+    if not rows or "ceilings" not in machine:
         return
     terminalreporter.section("benchmarks")
     terminalreporter.write_line(results.machine_line({**machine, "date": device.today()}))
-    for line in results.table(rows, markdown=False):
+    for line in results.table([results.priced(row, machine["ceilings"]) for row in rows], markdown=False):
         terminalreporter.write_line(line)
     if QUICK:
         terminalreporter.write_line("PGOLF_BENCH_QUICK: too few rounds to mean anything")

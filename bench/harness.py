@@ -57,22 +57,10 @@ class Measurement:
     ours: list[float] = field(default_factory=list)
     others: dict[str, list[float]] = field(default_factory=dict)
 
-    def row(self, work: Work, ceilings: dict[str, float], dtype: str) -> dict[str, Any]:
-        """median_ms, rate, rate_unit, share_of_ceiling, others {name: {median_ms, times_faster}}."""
-        seconds = statistics.median(self.ours)
-        by_bytes = work.bytes / ceilings["copy_gb_per_s"] / 1e9
-        by_flops = work.flops / ceilings.get(f"{dtype}_tflop_per_s", float("inf")) / 1e12
-        if work.tokens:
-            rate, unit = work.tokens / seconds, "tokens/s"
-        elif by_flops > by_bytes:
-            rate, unit = work.flops / seconds / 1e12, "TFLOP/s"
-        else:
-            rate, unit = work.bytes / seconds / 1e9, "GB/s"
+    def row(self) -> dict[str, Any]:
+        """median_ms, others {name: {median_ms, times_faster}}."""
         return {
-            "median_ms": 1e3 * seconds,
-            "rate": rate,
-            "rate_unit": unit,
-            "share_of_ceiling": max(by_bytes, by_flops) / seconds,
+            "median_ms": 1e3 * statistics.median(self.ours),
             "others": {
                 name: {
                     "median_ms": 1e3 * statistics.median(times),

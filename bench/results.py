@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ROW_FIELDS = ("operation", "case", "shape", "dtype", "backend", "median_ms", "rate", "rate_unit", "share_of_ceiling")
+ROW_FIELDS = ("operation", "case", "shape", "dtype", "backend", "median_ms", "bytes", "flops", "tokens", "others")
 README_DEVICES = {"amd-epyc-2-cores": "AMD EPYC, 2 cores", "nvidia-h200": "NVIDIA H200"}
 README_ROWS = [  # (operation, case), and what a reader calls it
     ("pack_bits", "6 bits", "pack int6"),
@@ -51,10 +51,10 @@ def collect(source: Path) -> dict[str, Any]:
     machine, rows = data["pgolf"], []
     for benchmark in data["benchmarks"]:
         info = benchmark["extra_info"]
-        missing = [name for name in (*ROW_FIELDS, "others") if name not in info]
+        missing = [name for name in ROW_FIELDS if name not in info]
         if missing:
             raise ResultsError(f"{source}: {benchmark['name']} has no {missing[0]}")
-        rows.append({name: _short(info[name]) for name in (*ROW_FIELDS, "others")})
+        rows.append(_short(priced({name: info[name] for name in ROW_FIELDS}, machine["ceilings"])))
     if not rows:
         raise ResultsError(f"{source}: holds no benchmark")
     return {
@@ -64,6 +64,24 @@ def collect(source: Path) -> dict[str, Any]:
         "ceilings": _short(machine["ceilings"]),
         "rows": rows,
     }
+
+
+def priced(row: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
+    """The row with its rate (tokens/s; or TFLOP/s or GB/s, by what takes longer at the ceilings) and its share of them.
+
+    The share is the least possible time over the measured one: `bytes` at the copy bandwidth or `flops` at the matrix
+    rate of the row's dtype, whichever is longer.
+    """
+    seconds = row["median_ms"] / 1e3
+    by_bytes = row["bytes"] / ceilings["copy_gb_per_s"] / 1e9
+    by_flops = row["flops"] / ceilings.get(f"{row['dtype']}_tflop_per_s", float("inf")) / 1e12
+    if row["tokens"]:
+        rate, unit = row["tokens"] / seconds, "tokens/s"
+    elif by_flops > by_bytes:
+        rate, unit = row["flops"] / seconds / 1e12, "TFLOP/s"
+    else:
+        rate, unit = row["bytes"] / seconds / 1e9, "GB/s"
+    return {**row, "rate": rate, "rate_unit": unit, "share_of_ceiling": max(by_bytes, by_flops) / seconds}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

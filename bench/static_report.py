@@ -20,6 +20,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hopper import WARPS_PER_SM, blocks_per_sm
+
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_FLOPS = 989e12
 BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}  # bytes a second
@@ -148,7 +150,7 @@ def read_ptxas(log: str, ptx: str) -> list[KernelReport]:
                 spills=_first(r"(\d+) bytes spill stores", part) + _first(r"(\d+) bytes spill loads", part),
                 shared_bytes=shared,
                 threads=threads,
-                occupancy=occupancy(registers, threads // 32, shared),
+                occupancy=blocks_per_sm(registers, threads // 32, shared) * (threads // 32) / WARPS_PER_SM,
                 wgmma="wgmma" in body,
                 tma="cp.async.bulk.tensor" in body,
                 bytes_moved=bytes_moved,
@@ -156,13 +158,6 @@ def read_ptxas(log: str, ptx: str) -> list[KernelReport]:
             )
         )
     return sorted(reports, key=lambda report: report.kernel)
-
-
-def occupancy(registers: int, warps: int, shared_bytes: int) -> float:
-    """Resident warps of 64 on a multiprocessor of sm_90, by registers (given out by 256 a warp) and shared memory."""
-    registers_a_block = -(-32 * registers // 256) * 256 * warps
-    blocks = min(65536 // max(registers_a_block, 1), 228 * 1024 // (shared_bytes + 1024), 64 // warps, 32)
-    return blocks * warps / 64
 
 
 def conversion_work(name: str) -> tuple[int | None, int | None]:

@@ -24,9 +24,9 @@ def made_up(operation="pack_bits", case="6 bits", median_ms=1.5, **changes):
         "dtype": "int8",
         "backend": "native",
         "median_ms": median_ms,
-        "rate": 12.34567,
-        "rate_unit": "GB/s",
-        "share_of_ceiling": 0.51234,
+        "bytes": 15_000_123,
+        "flops": 0,
+        "tokens": 0,
         "others": {"numpy": {"median_ms": 3.0, "times_faster": 2.0}},
         **changes,
     }
@@ -64,7 +64,7 @@ def test_collect_keeps_one_line_a_row(project):
     kept = json.loads(path.read_text())
     assert (kept["device"], kept["date"], kept["ceilings"]["copy_gb_per_s"]) == ("AMD EPYC, 2 cores", "2026-11-20", 20)
     assert [row["median_ms"] for row in kept["rows"]] == [1.5, 0.9]
-    assert kept["rows"][0]["rate"] == 12.35
+    assert (kept["rows"][0]["rate"], kept["rows"][0]["rate_unit"]) == (10.0, "GB/s")
     assert sum('"operation"' in line for line in path.read_text().splitlines()) == 2
 
 
@@ -95,11 +95,11 @@ def test_render_writes_pages_and_check_sees_when_they_are_old(project, capsys):
     text = readme.read_text()
     assert text.startswith("# before\n")
     assert text.endswith("\nafter\n")
-    assert "| pack int6 | 1000 values int8: 0.9 ms, 12.3 GB/s, 2x numpy | not measured |" in text  # the fastest backend
+    assert "| pack int6 | 1000 values int8: 0.9 ms, 16.7 GB/s, 2x numpy | not measured |" in text  # the fastest backend
     assert "| unpack int6 | not measured | not measured |" in text
     page = (project / "bench" / "RESULTS.md").read_text()
     assert "## NVIDIA H200\n\nnot measured" in page
-    assert "| pack_bits | 6 bits | 1000 values | int8 | native | 1.5 | 12.3 GB/s | 51% | 2x numpy |" in page
+    assert "| pack_bits | 6 bits | 1000 values | int8 | native | 1.5 | 10 GB/s | 50% | 2x numpy |" in page
     assert "torch 2.13.0" in page
     assert "triton" not in page
 
@@ -138,6 +138,17 @@ def test_a_session_keeps_what_its_parts_left(project, tmp_path, capsys):
     (bare,) = (tmp_path / "bare").iterdir()
     assert json.loads(bare.read_text())["rows"] == []
     assert "keeping the rest" in capsys.readouterr().err
+
+
+def test_a_row_is_priced_by_what_it_cannot_avoid():
+    ceilings = {"copy_gb_per_s": 10.0, "float32_tflop_per_s": 1.0}
+    row = made_up(dtype="float32", median_ms=4.0, bytes=20_000_000, flops=1_000_000_000)
+    found = results.priced(row, ceilings)  # 2 ms by bytes, 1 ms by FLOPs
+    assert (found["rate"], found["rate_unit"], found["share_of_ceiling"]) == (pytest.approx(5.0), "GB/s", 0.5)
+    found = results.priced({**row, "flops": 3_000_000_000}, ceilings)
+    assert (found["rate"], found["rate_unit"], found["share_of_ceiling"]) == (pytest.approx(0.75), "TFLOP/s", 0.75)
+    found = results.priced({**row, "tokens": 8}, ceilings)
+    assert (found["rate"], found["rate_unit"]) == (pytest.approx(2000.0), "tokens/s")
 
 
 def test_numbers_have_three_digits():
