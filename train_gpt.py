@@ -16,7 +16,7 @@ from pgolf.data.loader import TokenLoader
 from pgolf.dataset import compressors_bpb, open_dataset
 from pgolf.distributed import Ranks, launch
 from pgolf.errors import PgolfError
-from pgolf.evaluate import evaluate
+from pgolf.evaluate import Score, evaluate
 from pgolf.machine import compute_dtype, keep_freed_memory
 from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
@@ -58,13 +58,18 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
     run.log(f"attention:{attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
 
+    def score(scored: Model) -> Score:
+        return evaluate(
+            scored, data.val_tokens, data.val_token_bytes, settings.train_seq_len, settings.val_batch_size, ranks
+        )
+
     # Train, then calibrate with what is left of the wall-clock budget
     with run.timed("warmup"):
         trainer.warm_up()
     if settings.resume:
         trainer.load()
     before = trainer.used_seconds
-    trainer.train()
+    trainer.train(validate=lambda: score(model))
     run.seconds["train"] = trainer.used_seconds - before
     with run.timed("calibration"):
         hessians = collect_hessians(model, trainer.calibration_batches(), ranks, trainer.countdown())
@@ -94,17 +99,9 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     ranks.wait()
 
     # Score the weights as trained, then the file alone
-    def score(scored: Model):
-        return evaluate(
-            scored, data.val_tokens, data.val_token_bytes, settings.train_seq_len, settings.val_batch_size, ranks
-        )
-
     with run.timed("evaluate_float"):
         float_score = score(model)
-    run.log(f"step:{trainer.step} val_loss:{float_score.loss:.4f} val_bpb:{float_score.bpb:.4f}")
-    run.metric(
-        "val", step=trainer.step, val_loss=float_score.loss, val_bpb=float_score.bpb, train_seconds=trainer.used_seconds
-    )
+    run.log_score(trainer.step, float_score, trainer.used_seconds)
     with run.timed("evaluate"):
         artifact = read_artifact(artifact_path)
         final = score(model_from_artifact(artifact, dtype, ranks.device))

@@ -2,7 +2,10 @@
 
 import contextlib
 import ctypes
+import os
+import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,6 +17,15 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = device.type == "cuda" or any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_name() -> str:
+    """Model and number of cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def keep_freed_memory() -> None:

@@ -22,7 +22,9 @@ import pgolf
 from pgolf import ops
 from pgolf.distributed import Ranks
 from pgolf.errors import PgolfError, UserError
+from pgolf.evaluate import Score
 from pgolf.files import make_folder, write_json
+from pgolf.machine import cpu_name
 from pgolf.report import write_report
 from pgolf.settings import PRESETS, Settings, load_settings, validate
 
@@ -57,7 +59,7 @@ class Run:
             preset=settings.preset,
             seed=settings.seed,
             device=ranks.device.type,
-            device_name=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            device_name=torch.cuda.get_device_name() if cuda else cpu_name(),
             world_size=ranks.world_size,
             budget_bytes=settings.budget_bytes,
             max_wallclock_seconds=settings.max_wallclock_seconds,
@@ -137,6 +139,14 @@ class Run:
         if self.ranks.first:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def log_score(self, step: int, score: Score, train_seconds: float) -> None:
+        """A validation in the community's words, and as a metric."""
+        self.log(
+            f"step:{step}/{self.settings.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+            f"train_time:{1000 * train_seconds:.0f}ms step_avg:{1000 * train_seconds / max(step, 1):.2f}ms"
+        )
+        self.metric("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=train_seconds)
 
     def note(self, **values: Any) -> None:
         """Set fields of the summary."""

@@ -9,6 +9,7 @@ import torch
 from pgolf.data.loader import TokenLoader
 from pgolf.distributed import Ranks
 from pgolf.errors import UserError
+from pgolf.evaluate import Score
 from pgolf.files import replacing
 from pgolf.model import Model
 from pgolf.optim import Ema, make_optimisers
@@ -61,26 +62,27 @@ class Trainer:
         self.loader.load_state_dict(position)
         (self.step_seconds,) = self.ranks.agree(self.step_seconds)
 
-    def train(self) -> None:
-        """Steps until the iterations or the time for training are used up; the moving average becomes the weights."""
+    def train(self, validate: Callable[[], Score]) -> None:
+        """Steps until the iterations or the time for training are used up; the moving average becomes the weights.
+
+        Every VAL_LOSS_EVERY steps `validate()` is called and logged, with the clock stopped.
+        """
         settings, run = self.settings, self.run
         if self.step_seconds > self.train_limit_seconds:
             raise UserError(
                 f"MAX_WALLCLOCK_SECONDS={settings.max_wallclock_seconds:g} is too small for one step: a step takes "
                 f"{self.step_seconds:.2f} s and GPTQ_RESERVE_SECONDS={settings.gptq_reserve_seconds:g} are kept back"
             )
-        used_before = self.used_seconds
-        begin = time.perf_counter()
-        last = begin
+        zero = time.perf_counter() - self.used_seconds  # when the clock would have started, had it never stopped
+        last = self.used_seconds
         with run.deferring_signals():
             while True:
                 near_end = self.used_seconds + 2 * SYNC_STEPS * self.step_seconds > self.train_limit_seconds
                 if self.step % SYNC_STEPS == 0 or near_end:
                     self._synchronize()
-                now = time.perf_counter()
+                elapsed = time.perf_counter() - zero
                 # The longest of late: a step that is begun must end in time, on a busy machine too.
-                self.step_seconds, last = max(now - last, 0.9 * self.step_seconds), now
-                elapsed = used_before + now - begin
+                self.step_seconds, last = max(elapsed - last, 0.9 * self.step_seconds), elapsed
                 elapsed, stop = self.ranks.agree(elapsed, float(elapsed + self.step_seconds > self.train_limit_seconds))
                 self.used_seconds = elapsed
                 if self.ranks.any(run.signal is not None):
@@ -94,7 +96,12 @@ class Trainer:
                 if self.ema:
                     self.ema.update()
                 if settings.train_log_every and (self.step <= 10 or self.step % settings.train_log_every == 0):
-                    self._log_step(loss, scale, used_before + time.perf_counter() - begin)
+                    self._log_step(loss, scale, time.perf_counter() - zero)
+                if settings.val_loss_every and self.step % settings.val_loss_every == 0:
+                    self._synchronize()
+                    stopped = time.perf_counter()
+                    run.log_score(self.step, validate(), stopped - zero)
+                    zero += time.perf_counter() - stopped
         if stop:
             where = f"step:{self.step}/{settings.iterations}"
             run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
@@ -126,7 +133,7 @@ class Trainer:
             loss = self.loss(x, y) * (len(x) / self.global_rows)
             loss.backward()
             total += loss.detach()
-        self.ranks.sum_(total, *(p.grad for p in self.parameters))
+        self.ranks.sum_(total, *(p.grad for p in self.parameters if p.grad is not None))
         if settings.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip_norm)
         muon, adam = self.optimisers

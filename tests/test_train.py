@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -41,13 +42,16 @@ class SilentRun:
 
     def __init__(self, folder):
         self.folder = folder
-        self.lines = []
+        self.lines, self.scored = [], []
 
     def log(self, line, console=True):
         self.lines.append(line)
 
     def metric(self, kind, **values):
         pass
+
+    def log_score(self, step, score, train_seconds):
+        self.scored.append(step)
 
     def deferring_signals(self):
         return contextlib.nullcontext()
@@ -69,6 +73,10 @@ def trainer(tmp_path):
     return make
 
 
+def no_score():
+    raise AssertionError("VAL_LOSS_EVERY is 0: nobody asked for a score")
+
+
 def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -77,7 +85,7 @@ def test_learns_a_period(trainer):
     t = trainer(ITERATIONS="60", WARMUP_STEPS="0")
     rows = next(iter(t.loader.next_batch()))
     before = float(t.model.loss(rows[:, :-1], rows[:, 1:]).detach())
-    t.train()
+    t.train(no_score)
     after = float(t.model.loss(rows[:, :-1], rows[:, 1:]).detach())
     assert before > 3.5
     assert after < 0.5
@@ -88,7 +96,7 @@ def test_warm_up_leaves_no_trace(trainer):
     for steps in ("0", "3"):
         t = trainer(ITERATIONS="4", WARMUP_STEPS=steps)
         t.warm_up()
-        t.train()
+        t.train(no_score)
         runs.append(weights(t))
     assert torch.equal(*runs)
 
@@ -97,7 +105,7 @@ def test_micro_batches_only_cut_the_work(trainer):
     runs = []
     for tokens in ("128", "48", "16"):
         t = trainer(ITERATIONS="2", MICRO_BATCH_TOKENS=tokens)
-        t.train()
+        t.train(no_score)
         runs.append(weights(t))
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(runs[0], runs[2], rtol=1e-3, atol=1e-4)
@@ -106,22 +114,29 @@ def test_micro_batches_only_cut_the_work(trainer):
 def test_the_wall_clock_is_a_hard_limit(trainer):
     t = trainer(MAX_WALLCLOCK_SECONDS="2", GPTQ_RESERVE_SECONDS="1")
     t.warm_up()
-    t.train()
+    t.train(no_score)
     assert 0.5 < t.used_seconds < 2.0  # 1.0 and jitter; what is beyond it comes out of the reserve
     assert t.step > 5
     assert any(line.startswith("stopping_early: wallclock_cap") for line in t.run.lines)
+
+
+def test_validation_comes_when_asked_for_and_stops_the_clock(trainer):
+    t = trainer(ITERATIONS="5", VAL_LOSS_EVERY="2")
+    t.train(lambda: time.sleep(1.0))
+    assert t.run.scored == [2, 4]
+    assert t.used_seconds < 1.0
 
 
 def test_a_budget_below_one_step_is_refused(trainer):
     t = trainer(MAX_WALLCLOCK_SECONDS="0.0001", GPTQ_RESERVE_SECONDS="0")
     t.warm_up()
     with pytest.raises(UserError, match=r"MAX_WALLCLOCK_SECONDS=0\.0001 is too small for one step"):
-        t.train()
+        t.train(no_score)
 
 
 def test_checkpoint_continues_exactly(trainer):
     whole = trainer(ITERATIONS="6")
-    whole.train()
+    whole.train(no_score)
     first = trainer(ITERATIONS="6")
     for _ in range(3):
         first._one_step(lr_scale(first.settings, first.step, 0.0, first.train_limit_seconds))
@@ -132,7 +147,7 @@ def test_checkpoint_continues_exactly(trainer):
     second.warm_up()
     second.load()
     assert second.step == 3
-    second.train()
+    second.train(no_score)
     torch.testing.assert_close(weights(second), weights(whole), rtol=1e-6, atol=1e-7)
 
 
@@ -183,7 +198,7 @@ def test_calibration_takes_one_batch_and_stops_when_time_is_up(trainer):
 
 def test_quantised_model_scores_like_the_trained_one(trainer, tmp_path):
     t = trainer(ITERATIONS="60", WARMUP_STEPS="0", EMA_DECAY="0")
-    t.train()
+    t.train(no_score)
     hessians = collect_hessians(t.model, t.calibration_batches(), ALONE, lambda: 1e9)
     tensors = quantize(t.model, hessians, t.settings)
     assert {x.name: x.bits for x in tensors if x.scale is not None} == {
