@@ -12,11 +12,16 @@ from harness import CLOCK, QUICK, Call, Work, check_agreement, run_rounds, secon
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()
+BUSY = 0.5  # load average from which the figures of a CPU are doubtful
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-    config.stash[MACHINE] = device.describe()
+    config.stash[MACHINE] = {
+        **device.describe(),
+        "load_before": device.load_average(),
+        "date": device.today(),
+    }
     config.option.benchmark_quiet = True  # the table below says more
 
 
@@ -74,7 +79,7 @@ def measure(benchmark: Any, kind: str, ceilings: None, pytestconfig: pytest.Conf
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     machine = config.stash[MACHINE]
-    output_json["pgolf"] = {**machine, "date": device.today(), "command": "pytest bench/", "quick": QUICK}
+    output_json["pgolf"] = {**machine, "command": "pytest bench/", "quick": QUICK}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -82,8 +87,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not rows or "ceilings" not in machine:
         return
     terminalreporter.section("benchmarks")
-    terminalreporter.write_line(results.machine_line({**machine, "date": device.today()}))
+    terminalreporter.write_line(results.machine_line(machine))
     for line in results.table([results.priced(row, machine["ceilings"]) for row in rows], markdown=False):
         terminalreporter.write_line(line)
+    if machine["kind"] == "cpu" and machine["load_before"] > BUSY:
+        terminalreporter.write_line(f"the machine was busy before (load {machine['load_before']}): measure again")
     if QUICK:
         terminalreporter.write_line("PGOLF_BENCH_QUICK: too few rounds to mean anything")

@@ -65,6 +65,11 @@ def _best(timed: Callable[[], float], rounds: int) -> float:
     return min(timed() for _ in range(rounds))
 
 
+def load_average() -> float:
+    """Processes that ran or waited over the last minute; 0 where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
+
+
 def today() -> str:
     return time.strftime("%Y-%m-%d")
 

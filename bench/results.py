@@ -60,7 +60,10 @@ def collect(source: Path) -> dict[str, Any]:
     return {
         "device": machine["name"],
         "slug": machine["slug"],
-        **{name: machine[name] for name in ("kind", "detail", "cores", "date", "command", "quick", "versions")},
+        **{
+            name: machine[name]
+            for name in ("kind", "detail", "cores", "date", "load_before", "command", "quick", "versions")
+        },
         "ceilings": _short(machine["ceilings"]),
         "rows": rows,
     }
@@ -180,6 +183,7 @@ def table(rows: list[dict[str, Any]], markdown: bool) -> list[str]:
 def machine_line(machine: dict[str, Any]) -> str:
     ceilings = machine.get("ceilings", {})
     parts = [f"{machine['detail']}, {machine['cores']} cores", f"measured {machine['date']}"]
+    parts.append(f"load before {machine['load_before']}")
     parts += [f"{name} {version}" for name, version in machine["versions"].items() if version != "not installed"]
     if ceilings:
         parts.append(
@@ -254,6 +258,7 @@ def collect_session(
             "device": machine.pop("name"),
             **machine,
             "date": device.today(),
+            "load_before": device.load_average(),
             "command": "pytest bench/",
             "quick": False,
             "ceilings": {},

@@ -41,6 +41,7 @@ def raw(*rows, quick=False):
         "detail": "family 1",
         "cores": 2,
         "date": "2026-11-20",
+        "load_before": 0.1,
         "command": "pytest bench/",
         "quick": quick,
         "versions": {"torch": "2.13.0", "triton": "not installed"},
