@@ -1,7 +1,10 @@
 """Tests and bench/ share one reader of compiled kernels: `import aot` finds bench/aot.py."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported; train_gpt.py tells why
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
