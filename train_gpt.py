@@ -6,7 +6,6 @@
 Every setting of pgolf/settings.py is an environment variable of its upper-case name.
 """
 
-# ruff: noqa: E402
 import os
 import sys
 
