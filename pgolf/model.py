@@ -90,7 +90,18 @@ def role_of(name: str) -> str:
 
 
 class Model(nn.Module):
-    """Parameters are float32; the forward pass computes in `dtype`."""
+    """Parameters are float32; the forward pass computes in `dtype`. Shapes are in `ModelConfig.shapes`."""
+
+    embedding: nn.Parameter
+    qo_bank: nn.Parameter
+    kv_bank: nn.Parameter
+    up_bank: nn.Parameter
+    down_bank: nn.Parameter
+    q_gain: nn.Parameter
+    attn_scale: nn.Parameter
+    mlp_scale: nn.Parameter
+    resid_mix: nn.Parameter
+    skip_weights: nn.Parameter
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()

@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype  # of the iteration
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for bank in group["params"]:

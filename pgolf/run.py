@@ -84,7 +84,7 @@ class Run:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> bool:
+    ) -> None:
         if isinstance(error, Interrupted):
             self.note(interrupted=True)
             self.close()
@@ -95,7 +95,6 @@ class Run:
             sys.exit(128 + (self.signal or signal.SIGTERM))
         if isinstance(error, PgolfError):
             self._forget()
-        return False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # torchrun repeats what the terminal sent

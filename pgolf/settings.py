@@ -222,7 +222,8 @@ def _edit_distance(a: str, b: str, limit: int) -> float:
     """Insertions, deletions, substitutions and swaps of neighbours that turn `a` into `b`; infinite past `limit`."""
     if abs(len(a) - len(b)) > limit:
         return math.inf
-    before, previous = [], list(range(len(b) + 1))
+    before: list[int] = []
+    previous = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         current = [i]
         for j, y in enumerate(b, 1):
