@@ -56,7 +56,7 @@ def test_write_artifact(measure, files):
     measure(
         "write_artifact",
         "demo",
-        shape=f"{path.stat().st_size} bytes (pickle + zlib -9: {len(pickle)})",
+        shape=f"{path.stat().st_size / 1e6:.2f} MB (pickle {len(pickle) / 1e6:.2f} MB)",
         dtype="int8",
         backend="brotli or zstandard",
         make=tuple,
@@ -84,7 +84,7 @@ def test_read_artifact(measure, files):
     measure(
         "read_artifact",
         "demo",
-        shape=f"{path.stat().st_size} bytes",
+        shape=f"{path.stat().st_size / 1e6:.2f} MB",
         dtype="int8",
         backend="brotli or zstandard",
         make=tuple,

@@ -63,7 +63,7 @@ def test_pack_bits(measure, path, bits):
     measure(
         "pack_bits",
         f"{bits} bits",
-        shape=f"{COUNT} values",
+        shape=f"{COUNT >> 20} Mi values",
         dtype="int8",
         backend=path,
         make=lambda: (random_values(bits),),
@@ -78,7 +78,7 @@ def test_unpack_bits(measure, path, bits):
     measure(
         "unpack_bits",
         f"{bits} bits",
-        shape=f"{COUNT} values",
+        shape=f"{COUNT >> 20} Mi values",
         dtype="int8",
         backend=path,
         make=lambda: (ops.pack_bits(random_values(bits), bits),),

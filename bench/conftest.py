@@ -12,16 +12,14 @@ from harness import CLOCK, QUICK, Call, Work, check_agreement, run_rounds, secon
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()
-BUSY = 0.5  # load average from which the figures of a CPU are doubtful
+NEIGHBOURS = pytest.StashKey[device.Neighbours]()
+BUSY = 0.05  # share of the CPUs taken by others from which figures are doubtful
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-    config.stash[MACHINE] = {
-        **device.describe(),
-        "load_before": device.load_average(),
-        "date": device.today(),
-    }
+    config.stash[MACHINE] = {**device.describe(), "date": device.today()}
+    config.stash[NEIGHBOURS] = device.Neighbours()
     config.option.benchmark_quiet = True  # the table below says more
 
 
@@ -44,7 +42,10 @@ def ceilings(pytestconfig: pytest.Config, kind: str):
     first = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
     yield
     last = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
-    pytestconfig.stash[MACHINE]["ceilings"] = {name: max(value, last[name]) for name, value in first.items()}
+    pytestconfig.stash[MACHINE] |= {
+        "ceilings": {name: max(value, last[name]) for name, value in first.items()},
+        "others_share": pytestconfig.stash[NEIGHBOURS].share(),
+    }
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(results.machine_line(machine))
     for line in results.table([results.priced(row, machine["ceilings"]) for row in rows], markdown=False):
         terminalreporter.write_line(line)
-    if machine["kind"] == "cpu" and machine["load_before"] > BUSY:
-        terminalreporter.write_line(f"the machine was busy before (load {machine['load_before']}): measure again")
+    if (machine["others_share"] or 0.0) > BUSY:
+        terminalreporter.write_line("other processes were busy meanwhile: measure again")
     if QUICK:
         terminalreporter.write_line("PGOLF_BENCH_QUICK: too few rounds to mean anything")

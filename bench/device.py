@@ -65,9 +65,28 @@ def _best(timed: Callable[[], float], rounds: int) -> float:
     return min(timed() for _ in range(rounds))
 
 
-def load_average() -> float:
-    """Processes that ran or waited over the last minute; 0 where the system does not say."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
+class Neighbours:
+    """What other processes take of the CPUs while this one measures."""
+
+    def __init__(self):
+        self._start = self._seconds()
+
+    def share(self) -> float | None:
+        """Their part of all CPU time since the start, 0 to 1; None where the system does not tell."""
+        if self._start is None:
+            return None
+        busy, everything, own = (now - then for now, then in zip(self._seconds(), self._start, strict=True))
+        return round(max(0.0, busy - own) / max(everything, 1e-9), 3)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        """CPU seconds of the machine that were used, all of them, and those of this process and its children."""
+        if sys.platform != "linux":
+            return None
+        with open("/proc/stat", encoding="ascii") as file:
+            ticks = [int(field) for field in file.readline().split()[1:9]]
+        hertz, idle = os.sysconf("SC_CLK_TCK"), ticks[3] + ticks[4]
+        return (sum(ticks) - idle) / hertz, sum(ticks) / hertz, sum(os.times()[:4])
 
 
 def today() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROW_FIELDS = ("operation", "case", "shape", "dtype", "backend", "median_ms", "bytes", "flops", "tokens", "others")
+SMALLER_UNITS = {"GB/s": "MB/s", "TFLOP/s": "GFLOP/s"}
 README_DEVICES = {"amd-epyc-2-cores": "AMD EPYC, 2 cores", "nvidia-h200": "NVIDIA H200"}
 README_ROWS = [  # (operation, case), and what a reader calls it
     ("pack_bits", "6 bits", "pack int6"),
@@ -62,7 +63,7 @@ def collect(source: Path) -> dict[str, Any]:
         "slug": machine["slug"],
         **{
             name: machine[name]
-            for name in ("kind", "detail", "cores", "date", "load_before", "command", "quick", "versions")
+            for name in ("kind", "detail", "cores", "date", "others_share", "command", "quick", "versions")
         },
         "ceilings": _short(machine["ceilings"]),
         "rows": rows,
@@ -154,7 +155,7 @@ def _readme_cell(results: dict[str, Any] | None, operation: str, case: str) -> s
     if not rows:
         return "not measured"
     row = min(rows, key=lambda row: row["median_ms"])
-    parts = [f"{number(row['median_ms'])} ms", f"{number(row['rate'])} {row['rate_unit']}", beside(row)]
+    parts = [f"{number(row['median_ms'])} ms", rate(row), beside(row)]
     return f"{row['shape']} {row['dtype']}: {', '.join(part for part in parts if part)}"
 
 
@@ -168,7 +169,7 @@ def table(rows: list[dict[str, Any]], markdown: bool) -> list[str]:
             row["dtype"],
             row["backend"],
             number(row["median_ms"]),
-            f"{number(row['rate'])} {row['rate_unit']}",
+            rate(row),
             f"{100 * row['share_of_ceiling']:.0f}%" if row["share_of_ceiling"] else "",
             beside(row),
         )
@@ -183,7 +184,8 @@ def table(rows: list[dict[str, Any]], markdown: bool) -> list[str]:
 def machine_line(machine: dict[str, Any]) -> str:
     ceilings = machine.get("ceilings", {})
     parts = [f"{machine['detail']}, {machine['cores']} cores", f"measured {machine['date']}"]
-    parts.append(f"load before {machine['load_before']}")
+    if machine["others_share"] is not None:
+        parts.append(f"other processes took {100 * machine['others_share']:.0f}% of the CPUs")
     parts += [f"{name} {version}" for name, version in machine["versions"].items() if version != "not installed"]
     if ceilings:
         parts.append(
@@ -192,6 +194,14 @@ def machine_line(machine: dict[str, Any]) -> str:
             f"bfloat16 {number(ceilings['bfloat16_tflop_per_s'])} TFLOP/s"
         )
     return "; ".join(parts)
+
+
+def rate(row: dict[str, Any]) -> str:
+    """The rate in a unit that suits it."""
+    value, unit = row["rate"], row["rate_unit"]
+    if value < 1 and unit in SMALLER_UNITS:
+        value, unit = 1000 * value, SMALLER_UNITS[unit]
+    return f"{number(value)} {unit}"
 
 
 def beside(row: dict[str, Any]) -> str:
@@ -258,7 +268,7 @@ def collect_session(
             "device": machine.pop("name"),
             **machine,
             "date": device.today(),
-            "load_before": device.load_average(),
+            "others_share": None,
             "command": "pytest bench/",
             "quick": False,
             "ceilings": {},

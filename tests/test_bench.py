@@ -41,7 +41,7 @@ def raw(*rows, quick=False):
         "detail": "family 1",
         "cores": 2,
         "date": "2026-11-20",
-        "load_before": 0.1,
+        "others_share": 0.1,
         "command": "pytest bench/",
         "quick": quick,
         "versions": {"torch": "2.13.0", "triton": "not installed"},
@@ -150,6 +150,12 @@ def test_a_row_is_priced_by_what_it_cannot_avoid():
     assert (found["rate"], found["rate_unit"], found["share_of_ceiling"]) == (pytest.approx(0.75), "TFLOP/s", 0.75)
     found = results.priced({**row, "tokens": 8}, ceilings)
     assert (found["rate"], found["rate_unit"]) == (pytest.approx(2000.0), "tokens/s")
+
+
+def test_rates_take_a_unit_that_suits_them():
+    shown = [results.rate({"rate": value, "rate_unit": unit}) for value, unit in ((0.0123, "GB/s"), (0.8, "TFLOP/s"))]
+    assert shown == ["12.3 MB/s", "800 GFLOP/s"]
+    assert results.rate({"rate": 0.5, "rate_unit": "tokens/s"}) == "0.5 tokens/s"
 
 
 def test_numbers_have_three_digits():
