@@ -59,24 +59,32 @@ part() {
 
 rm -f "$out"/{build,tests,bench,static,run}.log
 
-# Missing Python packages, one name a line: what the package and its tests need by pyproject.toml.
+# What pyproject.toml asks for to build, run and test, and is not here or too old: one name a line.
 missing_packages() {
   "$python" - <<'END'
-import re
+import shutil
 from importlib import metadata
+
+from pip._vendor.packaging.requirements import Requirement
 
 try:
     import tomllib
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for need in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
-    name = re.match(r"[\w.-]+", need).group()
+with open("pyproject.toml", "rb") as file:
+    settings = tomllib.load(file)
+project = settings["project"]
+needs = settings["build-system"]["requires"] + project["dependencies"] + project["optional-dependencies"]["test"]
+for need in map(Requirement, needs):
+    if (need.marker and not need.marker.evaluate()) or (need.name in ("cmake", "ninja") and shutil.which(need.name)):
+        continue
     try:
-        metadata.version(name)
+        good = need.specifier.contains(metadata.version(need.name), prereleases=True)
     except metadata.PackageNotFoundError:
-        print(name)
+        good = False
+    if not good:
+        print(need.name)
 END
 }
 
@@ -84,7 +92,7 @@ END
 install_wheels() {
   local name
   for name in $(missing_packages); do
-    "$python" -m pip install --no-index --find-links "$PGOLF_WHEELS" "$name" || echo "no wheel for $name"
+    "$python" -m pip install --no-index --upgrade --find-links "$PGOLF_WHEELS" "$name" || echo "no wheel for $name"
   done
 }
 
@@ -94,7 +102,7 @@ if [ -n "${PGOLF_WHEELS:-}" ]; then
 fi
 missing=$(missing_packages)
 if [ -n "$missing" ]; then
-  echo "MISSING Python packages: ${missing//$'\n'/ }" | tee -a "$out/build.log"
+  echo "MISSING or too old, of Python packages: ${missing//$'\n'/ }" | tee -a "$out/build.log"
   echo "   (parts that need them will fail; PGOLF_WHEELS can name a folder with their wheels)"
 else
   echo "all Python packages of pyproject.toml are here"
