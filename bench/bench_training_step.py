@@ -61,7 +61,7 @@ def test_training_step(measure, preset, tmp_path):
     trainer = make_trainer(settings, tmp_path)
 
     def step():
-        loss = trainer._one_step(0.1)
+        loss = trainer.take_step(0.1)
         if trainer.ema:
             trainer.ema.update()
         return loss

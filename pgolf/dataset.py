@@ -1,5 +1,7 @@
 """The data of one run: training shards, the validation split, and the bytes of text behind each of its tokens."""
 
+import contextlib
+import json
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +42,18 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
             f"set VOCAB_SIZE={tokenizer.vocab_size} or name another TOKENIZER_PATH"
         )
     train_shards = shards_of(settings.data_path, "train")
+    _check_origin(settings.data_path, tokenizer)
     val_tokens, val_token_bytes = validation_split(settings.data_path, tokenizer)
     return Dataset(tokenizer, train_shards, val_tokens, val_token_bytes)
+
+
+def _check_origin(data_path: str, tokenizer: Tokenizer) -> None:
+    """Shards that were made or fetched by `pgolf data` remember their tokenizer; others cannot be asked."""
+    made_with = tokenizer.sha256
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        made_with = json.loads((Path(data_path) / "prepared.json").read_text(encoding="utf-8"))["tokenizer_sha256"]
+    if made_with != tokenizer.sha256:
+        raise DataError(f"DATA_PATH={data_path} was made with another tokenizer than {tokenizer.path}; name its own")
 
 
 def shards_of(data_path: str, split: str) -> list[Path]:

@@ -51,7 +51,7 @@ class Trainer:
         position = self.loader.state_dict()
         for _ in range(self.settings.warmup_steps):
             begin = time.perf_counter()
-            self._one_step(0.0)
+            self.take_step(0.0)
             self._synchronize()
             self.step_seconds = time.perf_counter() - begin
         with torch.no_grad():
@@ -91,7 +91,7 @@ class Trainer:
                 if stop or self.step >= settings.iterations:
                     break
                 scale = lr_scale(settings, self.step, elapsed, self.train_limit_seconds)
-                loss = self._one_step(scale)
+                loss = self.take_step(scale)
                 self.step += 1
                 if self.ema:
                     self.ema.update()
@@ -124,7 +124,7 @@ class Trainer:
 
         return seconds_left
 
-    def _one_step(self, scale: float) -> torch.Tensor:
+    def take_step(self, scale: float) -> torch.Tensor:
         """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
         settings = self.settings
         inputs, targets = (x.to(self.device, non_blocking=True) for x in self.loader.next_batch())

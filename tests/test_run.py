@@ -212,6 +212,17 @@ def test_bad_data_is_one_line_and_status_two(tmp_path, tiny_data, tiny_environ, 
     assert_refused({**tiny_environ, "DATA_PATH": str(broken)}, shard.name, tmp_path, monkeypatch, capsys)
 
 
+def test_a_tokenizer_that_did_not_make_the_shards_is_refused(tmp_path, tiny_data, tiny_environ, monkeypatch, capsys):
+    from conftest import made_up_text
+
+    from pgolf.data.tokenizer import train_tokenizer
+
+    for pieces, named in ((320, "made with another tokenizer"), (330, "VOCAB_SIZE=320")):
+        train_tokenizer(made_up_text(60, seed=1), pieces, tmp_path / "other.model")
+        environ = {**tiny_environ, "TOKENIZER_PATH": str(tmp_path / "other.model")}
+        assert_refused(environ, named, tmp_path, monkeypatch, capsys)
+
+
 def test_a_run_id_is_not_used_twice(finished, tmp_path, tiny_environ, monkeypatch, capsys):
     environ = {**tiny_environ, "OUT_DIR": str(finished[0].parent), "RUN_ID": "whole"}
     assert_refused(environ, "RUN_ID=whole", tmp_path, monkeypatch, capsys)

@@ -139,7 +139,7 @@ def test_checkpoint_continues_exactly(trainer):
     whole.train(no_score)
     first = trainer(ITERATIONS="6")
     for _ in range(3):
-        first._one_step(lr_scale(first.settings, first.step, 0.0, first.train_limit_seconds))
+        first.take_step(lr_scale(first.settings, first.step, 0.0, first.train_limit_seconds))
         first.step += 1
         first.ema.update()
     first.save()

@@ -14,7 +14,8 @@ the columns behind it get one matrix product a block. Rounding is half to even.
 
 Shapes and dtypes: weight (M, N) or bank (B, M, N), hessian (N, N), or (B, N, N) for a bank; floating. Work is done in
 float32, in float64 if weight or hessian is float64. Result: values int8 like weight, scale float16 (M,) or (B, M).
-Cost a matrix: N³ (factor and solve: 2/3 N³ FLOPs) + 2 M N² FLOPs. Each matrix of a bank gives what it gives alone.
+Cost a matrix: 2/3 N³ FLOPs to factor and solve, M N² to push the errors on. Each matrix of a bank gives what it
+gives alone.
 
 What happens at the edges
 - A dead column (zero on the diagonal of H) is rounded to nearest and pushes nothing.
