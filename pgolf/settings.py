@@ -141,7 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data_path": DEMO_DATA_PATH,
         "tokenizer_path": DEMO_TOKENIZER_PATH,
-        "num_layers": 6,
+        "num_layers": 3,
         "model_dim": 256,
         "num_heads": 4,
         "num_kv_heads": 2,
@@ -158,8 +158,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "min_lr_frac": 0.05,
         "grad_clip_norm": 1.0,
         "ema_decay": 0.97,
-        "matrix_lr": 0.03,
-        "tied_embed_lr": 0.03,
+        "matrix_lr": 0.015,
+        "tied_embed_lr": 0.01,
         "scalar_lr": 0.02,
         "muon_momentum_warmup_steps": 100,
         "muon_coefficients": "polar_express",
@@ -167,7 +167,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "muon_weight_decay": 0.05,
         "val_loss_every": 0,
         "val_batch_size": 8192,
-        "train_log_every": 20,
+        "train_log_every": 10,
     },
 }
 
