@@ -1,31 +1,35 @@
-"""Tests and bench/ share one reader of compiled kernels: `import aot` finds bench/aot.py."""
+"""What all tests share: made-up data for runs of a second, and bench/ in the path (`import aot`)."""
 
 import os
+import random
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported; train_gpt.py tells why
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
-import random
-
-import pytest
-
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from".split()  # noqa: SIM905
 
 
-def made_up_text(documents: int, seed: int = 0) -> list[str]:
-    """Documents of common words in random order: no file needed, and something to learn."""
-    choice = random.Random(seed)
-    return [
-        "\n".join(" ".join(choice.choices(WORDS, k=12)) + "." for _ in range(choice.randint(5, 20)))
-        for _ in range(documents)
-    ]
+@pytest.fixture(scope="session")
+def made_up_text():
+    """made_up_text(documents, seed=0) -> documents of common words in random order: something to learn."""
+
+    def make(documents: int, seed: int = 0) -> list[str]:
+        choice = random.Random(seed)
+        return [
+            "\n".join(" ".join(choice.choices(WORDS, k=12)) + "." for _ in range(choice.randint(5, 20)))
+            for _ in range(documents)
+        ]
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
+def tiny_data(tmp_path_factory, made_up_text):
     """(folder of shards, tokenizer of 320 pieces) for runs of a second."""
     from pgolf.data.prepare import tokenize_files
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pgolf.artifact import read_artifact
+from pgolf.data.tokenizer import train_tokenizer
 from pgolf.run import SUMMARY_FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -212,11 +213,7 @@ def test_bad_data_is_one_line_and_status_two(tmp_path, tiny_data, tiny_environ, 
     assert_refused({**tiny_environ, "DATA_PATH": str(broken)}, shard.name, tmp_path, monkeypatch, capsys)
 
 
-def test_a_tokenizer_that_did_not_make_the_shards_is_refused(tmp_path, tiny_data, tiny_environ, monkeypatch, capsys):
-    from conftest import made_up_text
-
-    from pgolf.data.tokenizer import train_tokenizer
-
+def test_a_tokenizer_that_did_not_make_the_shards_is_refused(tmp_path, made_up_text, tiny_environ, monkeypatch, capsys):
     for pieces, named in ((320, "made with another tokenizer"), (330, "VOCAB_SIZE=320")):
         train_tokenizer(made_up_text(60, seed=1), pieces, tmp_path / "other.model")
         environ = {**tiny_environ, "TOKENIZER_PATH": str(tmp_path / "other.model")}
