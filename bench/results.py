@@ -125,7 +125,7 @@ def results_page(devices: list[dict[str, Any]]) -> str:
         "Do not edit.",
         "",
         "Medians. *Ceiling* is the share of the least possible time by the device's own copy bandwidth and matrix "
-        "product rate, measured in the same session, for the bytes and FLOPs that the operation cannot avoid. *Beside* "
+        "product rate, measured in the same run, for the bytes and FLOPs that the operation cannot avoid. *Beside* "
         "compares with others in the same process, in alternation: 2x is twice as fast. `reference` is the operation's "
         "definition in plain PyTorch.",
     ]
@@ -133,7 +133,10 @@ def results_page(devices: list[dict[str, Any]]) -> str:
         if not any(results["slug"] == slug for results in devices):
             lines += ["", f"## {name}", "", "not measured"]
     for results in devices:
-        lines += ["", f"## {results['device']}", "", machine_line(results), "", *table(results["rows"], markdown=True)]
+        lines += ["", f"## {results['device']}", "", machine_line(results), ""]
+        if results.get("run"):
+            lines += [f"Whole run of train_gpt.py: {run_line(results['run'])}.", ""]
+        lines += table(results["rows"], markdown=True)
     return "\n".join(lines) + "\n"
 
 
@@ -143,10 +146,24 @@ def readme_table(devices: list[dict[str, Any]]) -> str:
         f"| operation | {' | '.join(README_DEVICES.values())} |",
         "|---" * (1 + len(README_DEVICES)) + "|",
     ]
+    runs = [by_slug.get(slug, {}).get("run") for slug in README_DEVICES]
+    lines.append(f"| whole run of `train_gpt.py` | {' | '.join(run_line(run) for run in runs)} |")
     for operation, case, label in README_ROWS:
         cells = [_readme_cell(by_slug.get(slug), operation, case) for slug in README_DEVICES]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def run_line(run: dict[str, Any] | None) -> str:
+    """A run's summary in a line."""
+    if not run or run.get("val_bpb_quantized") is None:
+        return "not measured"
+    others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in run["compressors_bpb"].items())
+    return (
+        f"`{run['preset']}`, {run['steps']:,} steps in {number(run['train_seconds'])} s: "
+        f"**{run['val_bpb_quantized']:.4f} bpb** in {number(run['artifact_bytes'] / 1e6)} MB "
+        f"({run['val_bpb_float']:.4f} before quantisation; the same text: {others})"
+    )
 
 
 def _readme_cell(results: dict[str, Any] | None, operation: str, case: str) -> str:
