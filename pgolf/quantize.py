@@ -36,8 +36,8 @@ def collect_hessians(
 
     def observe(name: str, index: int, x: Tensor) -> None:
         if x is not last[0]:
-            flat = x.reshape(-1, x.size(-1))
-            last[:] = [x, (flat.mT @ flat).float() if flat.is_cuda else flat.float().mT @ flat.float()]
+            flat = x.reshape(-1, x.size(-1)).float()  # bfloat16 products are exact in TF32; their sum is float32
+            last[:] = [x, flat.mT @ flat]
         hessians[name][index] += last[1]
 
     longest, before = 0.0, seconds_left()

@@ -11,7 +11,7 @@ from pgolf.settings import Settings
 
 # Brotli's and zstandard's excess over the order-0 entropy of int6 weights, as measured on trained ones (1.014).
 CODER_EXCESS = 1.015
-MANIFEST_BYTES = 3_000
+MANIFEST_BYTES = 600
 
 
 def code_files() -> list[Path]:
