@@ -108,9 +108,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if artifact.metadata.get("tokenizer_sha256") != tokenizer.sha256:
         raise DataError(f"{tokenizer_path}: not the tokenizer that {path} was trained with (their SHA-256 differ)")
     tokens, token_bytes = validation_split(data_path, tokenizer)
-    seq_len = arguments.seq_len or artifact.metadata["train_seq_len"]
-    if seq_len < 1:
-        raise UserError(f"--seq-len {seq_len}: must be at least 1")
+    seq_len = artifact.metadata.get("train_seq_len") if arguments.seq_len is None else arguments.seq_len
+    if type(seq_len) is not int or seq_len < 1:
+        raise UserError(f"--seq-len {seq_len}: must be a whole number, at least 1")
     with launch() as ranks:
         model = model_from_artifact(artifact, compute_dtype("auto", ranks.device), ranks.device)
         score = evaluate(model, tokens, token_bytes, seq_len, saved.val_batch_size if saved else 65_536, ranks)

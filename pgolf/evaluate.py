@@ -3,6 +3,7 @@
 bpb = sum of nats / ln 2 / sum of bytes. Every token of the split but the very first is a target exactly once.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -44,11 +45,13 @@ def evaluate(
     """Score `tokens` in rows of `seq_len` targets, the shorter tail included; ranks share the rows."""
     device = next(model.parameters()).device
     rows_at_once = max(1, batch_tokens // seq_len)
-    batches = list(sequential_rows(tokens, seq_len, rows_at_once))
-    mine = batches[ranks.rank :: ranks.world_size]
+    full_rows, tail = divmod(len(tokens) - 1, seq_len)
+    batches = -(-full_rows // rows_at_once) + (tail > 0)
+    mine = itertools.islice(sequential_rows(tokens, seq_len, rows_at_once), ranks.rank, None, ranks.world_size)
+    total = len(range(ranks.rank, batches, ranks.world_size))
     nats = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    for inputs, targets in progress(mine, "scoring", unit="batch"):
+    for inputs, targets in progress(mine, "scoring", total, unit="batch"):
         losses = model.loss(inputs.to(device), targets.to(device), reduction="none")
         nats += losses.double().sum()
         count += targets.numel()

@@ -5,6 +5,7 @@ parameters: float16. Hessians come from training batches seen by the trained mod
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from torch import Tensor
 from pgolf import ops
 from pgolf.artifact import Artifact, StoredTensor
 from pgolf.distributed import Ranks
-from pgolf.errors import ArtifactError
+from pgolf.errors import ArtifactError, UserError
 from pgolf.model import Model, ModelConfig, role_of
-from pgolf.settings import Settings
+from pgolf.settings import Settings, validate
 
 
 @torch.inference_mode()
@@ -74,11 +75,14 @@ def quantize(model: Model, hessians: dict[str, Tensor], settings: Settings) -> l
 
 def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Model:
     """Build the model that an artifact describes, with the artifact's weights and nothing else."""
+    described = artifact.metadata.get("model")
+    if not isinstance(described, dict) or described.keys() != {field.name for field in fields(ModelConfig)}:
+        raise ArtifactError("artifact: its metadata does not describe a model of this version")
     try:
-        config = ModelConfig(**artifact.metadata["model"])
-        expected = config.shapes()
-    except (KeyError, TypeError, ZeroDivisionError, ValueError) as error:
-        raise ArtifactError(f"artifact: its metadata does not describe a model ({error})") from None
+        config = ModelConfig.of(validate(described))  # the same rules as for a user's settings
+    except UserError as error:
+        raise ArtifactError(f"artifact: its model cannot be: {error}") from None
+    expected = config.shapes()
     found = {name: tensor.shape for name, tensor in artifact.tensors.items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

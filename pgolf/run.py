@@ -71,7 +71,7 @@ class Run:
     def __enter__(self) -> "Run":
         if self.ranks.first:
             make_folder(self.folder)
-            if (self.folder / "summary.json").exists() and not self.settings.resume:
+            if (self.folder / "settings.json").exists() and not self.settings.resume:
                 raise UserError(
                     f"RUN_ID={self.settings.run_id}: {self.folder} holds a run already; choose another name"
                 )
@@ -110,12 +110,14 @@ class Run:
 
     @contextmanager
     def deferring_signals(self):
-        """Inside, a signal only sets `signal`, for a loop that stops between two steps."""
+        """Inside, a signal only sets `signal`, for a loop that stops between two steps; at the end it takes effect."""
         self.deferring = True
         try:
             yield
         finally:
             self.deferring = False
+        if self.signal is not None:
+            raise Interrupted
 
     @contextmanager
     def timed(self, name: str):

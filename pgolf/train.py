@@ -102,10 +102,10 @@ class Trainer:
                     stopped = time.perf_counter()
                     run.log_score(self.step, validate(), stopped - zero)
                     zero += time.perf_counter() - stopped
-        if stop:
-            where = f"step:{self.step}/{settings.iterations}"
-            run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
-        self.save()  # what follows can be repeated from here
+            if stop:
+                where = f"step:{self.step}/{settings.iterations}"
+                run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
+            self.save()  # what follows can be repeated from here
         if self.ema and self.ema.updates:
             self.ema.copy_to_parameters()
 

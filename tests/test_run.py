@@ -11,10 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from pgolf.artifact import read_artifact
 from pgolf.data.tokenizer import train_tokenizer
-from pgolf.run import SUMMARY_FIELDS
+from pgolf.distributed import Ranks
+from pgolf.run import SUMMARY_FIELDS, Interrupted, Run
+from pgolf.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_gpt.py"
@@ -224,6 +227,21 @@ def test_a_run_id_is_not_used_twice(finished, tmp_path, tiny_environ, monkeypatc
     environ = {**tiny_environ, "OUT_DIR": str(finished[0].parent), "RUN_ID": "whole"}
     assert_refused(environ, "RUN_ID=whole", tmp_path, monkeypatch, capsys)
     assert summary_of(finished[0])["interrupted"] is False
+    killed = tmp_path / "runs" / "killed"  # before it could write more than this
+    killed.mkdir(parents=True)
+    for name in ("settings.json", "train.log"):
+        (killed / name).write_text("kept")
+    assert_refused(
+        {**environ, "OUT_DIR": str(killed.parent), "RUN_ID": "killed"}, "RUN_ID=killed", tmp_path, monkeypatch, capsys
+    )
+    assert {path.read_text() for path in killed.iterdir()} == {"kept"}
+
+
+def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path):
+    run = Run(load_settings({"PRESET": "demo", "OUT_DIR": str(tmp_path)}), Ranks(0, 1, torch.device("cpu")))
+    with pytest.raises(Interrupted), run.deferring_signals():
+        run._on_signal(signal.SIGTERM, None)
+    assert run.signal == signal.SIGTERM
 
 
 def assert_refused(environ: dict[str, str], named: str, folder: Path, monkeypatch, capsys) -> None:

@@ -228,6 +228,10 @@ def test_an_artifact_of_another_shape_is_refused(trainer, tmp_path):
         {"model": {**t.model.config.as_dict(), "num_layers": 3}},
         {"model": {**t.model.config.as_dict(), "num_heads": 0}},
         {"model": {**t.model.config.as_dict(), "model_dim": "wide"}},
+        {"model": {**t.model.config.as_dict(), "logit_softcap": "high"}},
+        {"model": {**t.model.config.as_dict(), "mlp_slope": 7.0}},
+        {"model": {**t.model.config.as_dict(), "seed": 1}},
+        {"model": [1, 2]},
     ):
         write_artifact(path, tensors, metadata)
         with pytest.raises(ArtifactError):
