@@ -49,6 +49,48 @@ def test_gradcheck(slope):
     torch.autograd.gradcheck(lambda *t: ops.leaky_relu2_mlp(*t, slope), inputs)
 
 
+def test_saves_one_tensor_of_the_hidden_size():
+    x, up, down = random_inputs((50,), 16, 32, torch.float32, requires_grad=True)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = ops.leaky_relu2_mlp(x, up, down)
+    assert sorted(tuple(tensor.shape) for tensor in kept) == sorted([(50, 16), (32, 16), (16, 32), (50, 32)])
+    assert any(tensor is x or tensor.data_ptr() == x.data_ptr() for tensor in kept), "x itself, no copy"
+    out.sum().backward()
+
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        formula(x, up, down, 0.5)
+    assert sum(tensor.shape == (50, 32) for tensor in kept) > 1, "the definition keeps more, or this test sees nothing"
+
+
+@pytest.mark.parametrize("slope", [0.5, 0.0])
+def test_registration(slope):
+    inputs = random_inputs((6,), 8, 16, torch.float32, requires_grad=True)
+    torch.library.opcheck(torch.ops.pgolf.leaky_relu2_mlp.default, (*inputs, slope, "reference"))
+    x, _, down = (value.detach() for value in inputs)
+    hidden = torch.randn(6, 16)
+    torch.library.opcheck(
+        torch.ops.pgolf.leaky_relu2_mlp_hidden_gradient.default, (x, down, hidden, slope, "reference")
+    )
+    torch.library.opcheck(torch.ops.pgolf.weight_gradient.default, (x, hidden))
+
+
+def test_one_of_the_three_gradients_at_a_time():
+    inputs = random_inputs((9,), 4, 6, torch.float64)
+    whole = [value.clone().requires_grad_() for value in inputs]
+    expected = torch.autograd.grad(ops.leaky_relu2_mlp(*whole).sin().sum(), whole)
+    for index in range(3):
+        leaves = [value.clone().requires_grad_(i == index) for i, value in enumerate(inputs)]
+        (grad,) = torch.autograd.grad(ops.leaky_relu2_mlp(*leaves).sin().sum(), leaves[index])
+        assert torch.equal(grad, expected[index])
+
+
 def test_empty_input_zero_strides_and_frozen_weights():
     x, up, down = random_inputs((0, 3), 4, 5, torch.float32, requires_grad=True)
     out = ops.leaky_relu2_mlp(x, up, down)
