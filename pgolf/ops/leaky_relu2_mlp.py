@@ -123,7 +123,7 @@ def _(left: Tensor, right: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:
     x, w_up, w_down, ctx.slope, ctx.backend = inputs
-    out, hidden = output
+    _, hidden = output
     ctx.mark_non_differentiable(hidden)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w_up, w_down, hidden)
