@@ -96,6 +96,12 @@ def newton_schulz_reference(bank: Tensor, polynomials: Sequence[tuple[float, flo
     return (x.mT if tall else x).reshape(bank.shape)
 
 
+def flops(rows: int, columns: int, steps: int = 5) -> int:
+    """Multiplications and additions that `newton_schulz` spends on one matrix (rows, columns)."""
+    n, m = sorted((rows, columns))
+    return steps * (4 * n * n * m + 2 * n**3)
+
+
 def step_coefficients(coefficients: Coefficients, steps: int) -> tuple[tuple[float, float, float], ...]:
     """The (a, b, c) of every step, for a name and a number of steps or for a list."""
     if not isinstance(coefficients, str):
