@@ -1,5 +1,9 @@
-"""`pytest bench/`: benchmarks, not tests. They pass at any speed and take what time they need."""
+"""`pytest bench/`: benchmarks, not tests. They pass at any speed and take what time they need.
 
+Stopped early (Ctrl-C or SIGTERM), it keeps what was measured until then.
+"""
+
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +12,7 @@ import device
 import pytest
 import results
 import torch
-from harness import CLOCK, QUICK, Call, Work, check_agreement, run_rounds, seconds_per_call
+from harness import CLOCK, QUICK, Call, Work, able, check_agreement, run_rounds, seconds_per_call
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()
@@ -21,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[MACHINE] = {**device.describe(), "date": device.today()}
     config.stash[NEIGHBOURS] = device.Neighbours()
     config.option.benchmark_quiet = True  # the table below says more
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,6 +45,7 @@ def kind(pytestconfig: pytest.Config) -> str:
 def ceilings(pytestconfig: pytest.Config, kind: str):
     """Measured before the first benchmark and after the last; the higher counts, as neighbours only take away."""
     first = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
+    pytestconfig.stash[MACHINE] |= {"ceilings": first, "others_share": None}  # what counts if this run is interrupted
     yield
     last = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
     pytestconfig.stash[MACHINE] |= {
@@ -63,11 +69,13 @@ def measure(benchmark: Any, kind: str, ceilings: None, pytestconfig: pytest.Conf
         call: Call,
         work: Work,
         others: dict[str, Call] | None = None,
+        peers: dict[str, Call] | None = None,  # others that are left out, with a warning, where they fail or disagree
         tolerance: float | None = 0.0,  # by which the others may differ; None: not comparable
     ) -> None:
         others = others or {}
         if tolerance is not None:
             check_agreement(call, others, make, tolerance)
+        others = others | able(call, peers or {}, make, float("inf") if tolerance is None else tolerance)
         measurement = run_rounds(benchmark, call, make, others, kind)
         row = {"operation": operation, "case": case, "shape": shape, "dtype": dtype, "backend": backend}
         row |= {**measurement.row(), **asdict(work)}

@@ -3,14 +3,17 @@
 The operation and what it is compared with run in one process, in alternating order, each round on another set of random
 inputs; the sets together are larger than the cache. A figure is the median over the rounds, a ratio the median of the
 rounds' own ratios. On CUDA the device's events take the time, with a synchronisation after each call; a pause queued in
-front hides the host's launches as long as they take less than about a millisecond.
+front hides the host's launches as long as they take less than about a millisecond. The memory that a call takes there
+is measured after the rounds, one call of each contender.
 
-pytest-benchmark keeps the statistics: its timer is `Clock.now`, which only the operation's measured time moves.
+pytest-benchmark keeps the statistics: its timer is `Clock.now`, which the operation's measured times move afterwards.
 """
 
+import gc
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,23 +55,29 @@ CLOCK = Clock()
 
 @dataclass
 class Measurement:
-    """Seconds of every round, for the operation and for each of the others."""
+    """Seconds of every round, for the operation and for each of the others; MB a call of each, where that is known."""
 
     ours: list[float] = field(default_factory=list)
     others: dict[str, list[float]] = field(default_factory=dict)
+    peak_mb: dict[str, float] = field(default_factory=dict)  # "" is the operation
 
     def row(self) -> dict[str, Any]:
-        """median_ms, others {name: {median_ms, times_faster}}."""
+        """median_ms, others {name: {median_ms, times_faster}}; on CUDA with peak_mb in both places."""
         return {
             "median_ms": 1e3 * statistics.median(self.ours),
+            **self._peak(""),
             "others": {
                 name: {
                     "median_ms": 1e3 * statistics.median(times),
                     "times_faster": statistics.median(b / a for a, b in zip(self.ours, times, strict=True)),
+                    **self._peak(name),
                 }
                 for name, times in self.others.items()
             },
         }
+
+    def _peak(self, name: str) -> dict[str, float]:
+        return {"peak_mb": self.peak_mb[name]} if name in self.peak_mb else {}
 
 
 def seconds_per_call(device: str) -> Callable[..., float]:
@@ -123,16 +132,33 @@ def run_rounds(
     measurement = Measurement(others={name: [] for name in others})
     names = list(contenders)
 
-    def one_round() -> None:
-        index = len(measurement.ours)
+    for index in range(rounds):
         arguments = sets[index % len(sets)]
         for name in names if index % 2 == 0 else reversed(names):
             seconds = timed(contenders[name], *arguments)
             (measurement.others[name] if name else measurement.ours).append(seconds)
-        CLOCK.seconds += measurement.ours[-1]
+    if device == "cuda":
+        measurement.peak_mb = {name: peak_mb(contender, *sets[0]) for name, contender in contenders.items()}
+    recorded = iter(measurement.ours)
 
-    benchmark.pedantic(one_round, rounds=rounds)
+    def replay() -> None:
+        CLOCK.seconds += next(recorded)
+
+    benchmark.pedantic(replay, rounds=rounds)  # last, so that a benchmark that is stopped leaves nothing
     return measurement
+
+
+def peak_mb(call: Call, *args: Any) -> float:
+    """The most device memory that one call holds beyond what is held before it, its results included."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call(*args)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del result
+    return (peak - before) / 1e6
 
 
 def check_agreement(call: Call, others: dict[str, Call], make: Callable[[], tuple], tolerance: float) -> None:
@@ -144,6 +170,20 @@ def check_agreement(call: Call, others: dict[str, Call], make: Callable[[], tupl
         assert found.shape == expected.shape, f"{name} returns {tuple(found.shape)}, not {tuple(expected.shape)}"
         error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
         assert error <= tolerance, f"{name} differs by {error:.2g}, accepted is {tolerance:g}"
+
+
+def able(call: Call, peers: dict[str, Call], make: Callable[[], tuple], tolerance: float) -> dict[str, Call]:
+    """Those of `peers` that run here and agree; a warning tells what is wrong with each of the others."""
+    found = {}
+    for name, peer in peers.items():
+        try:
+            check_agreement(call, {name: peer}, make, tolerance)
+        except Exception as error:  # other people's code may raise anything
+            lines = str(error).strip().splitlines() or [""]
+            warnings.warn(f"peer {name} is left out: {type(error).__name__}: {lines[0]}", stacklevel=2)
+        else:
+            found[name] = peer
+    return found
 
 
 def _flat(result: Any) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROW_FIELDS = ("operation", "case", "shape", "dtype", "backend", "median_ms", "bytes", "flops", "tokens", "others")
+OPTIONAL_FIELDS = ("peak_mb",)  # on CUDA
 SMALLER_UNITS = {"GB/s": "MB/s", "TFLOP/s": "GFLOP/s"}
 README_DEVICES = {"amd-epyc-2-cores": "AMD EPYC, 2 cores", "nvidia-h200": "NVIDIA H200"}
 README_ROWS = [  # (operation, case), and what a reader calls it
@@ -26,6 +27,12 @@ README_ROWS = [  # (operation, case), and what a reader calls it
     ("unpack_dequantize", "6 bits", "unpack int6 and scale"),
     ("leaky_relu2_mlp", "forward + backward", "LeakyReLU² MLP, forward + backward"),
     ("softcapped_cross_entropy", "forward + backward", "soft-capped cross-entropy, forward + backward"),
+    (
+        "linear_softcapped_cross_entropy",
+        "forward + backward",
+        "head and soft-capped cross-entropy, forward + backward",
+    ),
+    ("leaky_relu2_mlp stack", "forward + backward", "stack of LeakyReLU² MLP blocks, forward + backward"),
     ("newton_schulz", "up", "Newton-Schulz, 5 steps"),
     ("gptq", "bank", "GPTQ int6 of a bank"),
     ("training_step", "demo", "training step, preset `demo`"),
@@ -55,7 +62,8 @@ def collect(source: Path) -> dict[str, Any]:
         missing = [name for name in ROW_FIELDS if name not in info]
         if missing:
             raise ResultsError(f"{source}: {benchmark['name']} has no {missing[0]}")
-        rows.append(_short(priced({name: info[name] for name in ROW_FIELDS}, machine["ceilings"])))
+        row = {name: info[name] for name in (*ROW_FIELDS, *OPTIONAL_FIELDS) if name in info}
+        rows.append(_short(priced(row, machine["ceilings"])))
     if not rows:
         raise ResultsError(f"{source}: holds no benchmark")
     return {
@@ -129,6 +137,8 @@ def results_page(devices: list[dict[str, Any]]) -> str:
         "compares with others in the same process, in alternation: 2x is twice as fast. `reference` is the operation's "
         "definition in plain PyTorch.",
     ]
+    if any("peak_mb" in row for results in devices for row in results["rows"]):
+        lines[-1] += " *Peak MB* is the most memory of the device that one call takes, its results included."
     for slug, name in README_DEVICES.items():
         if not any(results["slug"] == slug for results in devices):
             lines += ["", f"## {name}", "", "not measured"]
@@ -177,7 +187,9 @@ def _readme_cell(results: dict[str, Any] | None, operation: str, case: str) -> s
 
 
 def table(rows: list[dict[str, Any]], markdown: bool) -> list[str]:
-    header = ("operation", "case", "shape", "dtype", "backend", "ms", "rate", "ceiling", "beside")
+    """A line a row; the column of memory only where a row knows it."""
+    memory = ("peak MB",) if any("peak_mb" in row for row in rows) else ()
+    header = ("operation", "case", "shape", "dtype", "backend", "ms", "rate", "ceiling", "beside", *memory)
     cells = [
         (
             row["operation"],
@@ -189,6 +201,7 @@ def table(rows: list[dict[str, Any]], markdown: bool) -> list[str]:
             rate(row),
             f"{100 * row['share_of_ceiling']:.0f}%" if row["share_of_ceiling"] else "",
             beside(row),
+            *(peak_memory(row) for _ in memory),
         )
         for row in rows
     ]
@@ -223,6 +236,14 @@ def rate(row: dict[str, Any]) -> str:
 
 def beside(row: dict[str, Any]) -> str:
     return ", ".join(f"{number(other['times_faster'])}x {name}" for name, other in row["others"].items())
+
+
+def peak_memory(row: dict[str, Any]) -> str:
+    """MB that a call takes; in brackets what the others take."""
+    if "peak_mb" not in row:
+        return ""
+    others = [f"{number(other['peak_mb'])} {name}" for name, other in row["others"].items() if "peak_mb" in other]
+    return number(row["peak_mb"]) + (f" ({', '.join(others)})" if others else "")
 
 
 def number(value: float) -> str:

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness
 import peers
 import pytest
 import results
 import static_report
+import torch
+from peers import modded_nanogpt, parameter_golf
 
 ROOT = Path(__file__).parent.parent
 GPU_SH = ROOT / "bench" / "gpu.sh"
@@ -152,6 +155,21 @@ def test_a_row_is_priced_by_what_it_cannot_avoid():
     assert (found["rate"], found["rate_unit"]) == (pytest.approx(2000.0), "tokens/s")
 
 
+def test_memory_is_a_column_where_it_is_known(tmp_path):
+    others = {"eager": {"median_ms": 3.0, "times_faster": 2.0, "peak_mb": 1234.5678}, "peer": {"times_faster": 0.5}}
+    rows = [made_up(), made_up(case="4 bits", peak_mb=0.25, others=others)]
+    source = tmp_path / "new.json"
+    source.write_text(json.dumps(raw(*rows)))
+    kept = results.collect(source)["rows"]
+    assert "peak_mb" not in kept[0]
+    assert kept[1]["peak_mb"] == 0.25
+    lines = results.table(kept, markdown=True)
+    assert lines[0].endswith("| beside | peak MB |")
+    assert lines[2].endswith("|  |")
+    assert lines[3].endswith("| 0.25 (1,240 eager) |")
+    assert "peak" not in results.table(kept[:1], markdown=True)[0]
+
+
 def test_rates_take_a_unit_that_suits_them():
     shown = [results.rate({"rate": value, "rate_unit": unit}) for value, unit in ((0.0123, "GB/s"), (0.8, "TFLOP/s"))]
     assert shown == ["12.3 MB/s", "800 GFLOP/s"]
@@ -277,3 +295,97 @@ def test_a_peer_gives_its_functions_and_runs_nothing_else(monkeypatch, tmp_path)
     (checkout / "train_gpt.py").write_text(script)
     monkeypatch.setenv("PGOLF_PEERS", str(tmp_path))
     assert peers.peer("parameter_golf").zeropower_via_newtonschulz5(2, 3) == 6
+
+
+SCRIPT = """
+raise SystemExit("ran")
+import nothing_like_it
+SIZE = 3
+OTHER = nothing_like_it.value
+
+@triton.jit
+def kernel(pointer, N: tl.constexpr):
+    tl.store(pointer, N)
+
+@torch.library.custom_op("pgolf_made_up_peer::scale", mutates_args=())
+def scale(x: torch.Tensor) -> torch.Tensor:
+    return x * SIZE
+
+@scale.register_fake
+def _(x):
+    return x.new_empty(x.shape)
+
+@scale.register_vmap
+def _(info, dims, x):
+    raise SystemExit("ran")
+
+scale.register_autograd(lambda ctx, grad: grad * SIZE)
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return helper(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+def helper(x):
+    return torch.ops.pgolf_made_up_peer.scale(x) - x
+
+def unwanted():
+    pass
+"""
+
+
+def test_kernels_classes_values_and_registrations_are_taken(tmp_path):
+    triton = pytest.importorskip("triton")
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    given = {"torch": torch, "triton": triton, "tl": triton.language}
+    taken = peers.take(path, ["SIZE", "kernel", "scale", "Function", "helper"], given)
+    assert set(vars(taken)) == {"SIZE", "kernel", "scale", "Function", "helper"}
+    assert taken.SIZE == 3
+    assert isinstance(taken.kernel, triton.runtime.jit.JITFunction)
+    assert taken.kernel.src.startswith("def kernel(pointer, N: tl.constexpr):")
+
+    x = torch.randn(4, requires_grad=True)
+    assert torch.autograd.grad(taken.scale(x).sum(), x)[0].tolist() == [3.0] * 4
+    compiled = torch.compile(taken.Function.apply, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), 2 * x)
+    with pytest.raises(LookupError, match=r"script.py defines no absent"):
+        peers.take(path, ["SIZE", "absent"], given)
+
+
+def test_a_contender_that_is_not_there_costs_the_others_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PGOLF_PEERS", str(tmp_path))
+    (tmp_path / "modded-nanogpt").mkdir()
+    (tmp_path / "modded-nanogpt" / modded_nanogpt.KERNELS).write_text("CE_KERNEL_VOCAB_SIZE = 777\n")
+    record = tmp_path / "parameter-golf" / parameter_golf.RECORD
+    record.parent.mkdir(parents=True)
+    record.write_text("class FusedLinearLeakyReLUSquareFunction:\n    apply = len\n")
+
+    with pytest.warns(UserWarning, match="modded-nanogpt: its cross-entropy is compiled for 777 classes"):
+        assert peers.contenders("softcapped_cross_entropy", "modded_nanogpt") == {}
+    with pytest.warns(UserWarning, match=r"parameter-golf: train_gpt.py defines no linear_leaky_relu_square"):
+        assert peers.contenders("leaky_relu2_mlp", "parameter_golf") == {}
+    functions = ("linear_leaky_relu_square_kernel", "linear_leaky_relu_square")
+    record.write_text(record.read_text() + "".join(f"def {name}(): pass\n" for name in functions))
+    with pytest.warns(UserWarning, match="modded-nanogpt: .*no attribute"):
+        found = peers.contenders("leaky_relu2_mlp", "modded_nanogpt", "parameter_golf")
+    assert list(found) == ["parameter-golf"]
+    assert found["parameter-golf"]([1, 2]) == 2
+
+
+def test_a_peer_that_fails_or_differs_is_left_out():
+    def broken(x):
+        raise RuntimeError("no such device\nand more")
+
+    found = {"same": lambda x: x + x, "twice off": lambda x: 4 * x, "broken": broken}
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        kept = harness.able(lambda x: 2 * x, found, lambda: (torch.randn(5),), 1e-3)
+    assert list(kept) == ["same"]
+    assert [str(warning.message) for warning in caught] == [
+        "peer twice off is left out: AssertionError: twice off differs by 1, accepted is 0.001",
+        "peer broken is left out: RuntimeError: no such device",
+    ]
