@@ -4,9 +4,10 @@
 
 For each configuration that ships, compiled for Hopper: registers a thread, spills, shared memory a block, occupancy,
 whether wgmma and TMA instructions are there, bytes and FLOPs, and the roofline time: the larger of bytes over
-bandwidth and FLOPs over the matrix rate, by the data sheets (H100 SXM 3.35 TB/s, H200 4.8 TB/s, both 989 TFLOP/s in
-dense bfloat16). Triton kernels come from `VARIANTS` in triton_kernels/, CUDA C++ from csrc/*.cu through nvcc. A half
-that cannot be read here says why.
+bandwidth and FLOPs over the rate, by the data sheets (H100 SXM 3.35 TB/s, H200 4.8 TB/s; both 989 TFLOP/s in dense
+bfloat16 where the kernel uses wgmma, else 67 TFLOP/s in float32). Below, the bytes that whole operations move
+(traffic.py). Triton kernels come from `VARIANTS` in triton_kernels/, CUDA C++ from csrc/*.cu through nvcc. A half that
+cannot be read here says why.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from hopper import WARPS_PER_SM, blocks_per_sm
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_FLOPS = 989e12
+PEAK_FLOAT32_FLOPS = 67e12
 BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}  # bytes a second
 RECORD_VALUES = 36_000_000  # weights of a record, for the kernels that convert values
 NVCC_TIMEOUT_SECONDS = 300
@@ -48,7 +50,8 @@ class KernelReport:
     def roofline_us(self, device: str) -> float | None:
         if self.bytes_moved is None:
             return None
-        return 1e6 * max(self.bytes_moved / BANDWIDTH[device], (self.flops or 0) / PEAK_FLOPS)
+        rate = PEAK_FLOPS if self.wgmma else PEAK_FLOAT32_FLOPS
+        return 1e6 * max(self.bytes_moved / BANDWIDTH[device], (self.flops or 0) / rate)
 
     def as_dict(self) -> dict:
         return {**asdict(self), **{f"{name}_us": self.roofline_us(name) for name in BANDWIDTH}}
@@ -242,8 +245,14 @@ def main(arguments: list[str] | None = None) -> int:
         if half["reports"]:
             print("\n".join(text_table(half["reports"])))
         print()
+    if not answer["triton"]["missing"]:
+        import traffic
+
+        print("Whole operations at the record's shape")
+        print("\n".join(traffic.text_table()), end="\n\n")
     print(
-        f"Roofline: max(bytes / bandwidth, FLOPs / {PEAK_FLOPS / 1e12:.0f} TFLOP/s), data-sheet figures. "
+        f"Roofline: max(bytes / bandwidth, FLOPs / {PEAK_FLOPS / 1e12:.0f} TFLOP/s with wgmma, "
+        f"{PEAK_FLOAT32_FLOPS / 1e12:.0f} without), data-sheet figures. "
         f"Conversions of csrc/ are priced at {RECORD_VALUES:,} values."
     )
     return 0

@@ -205,11 +205,15 @@ def test_ptxas_is_read():
 
 
 def test_roofline_is_the_larger_of_bytes_and_flops():
-    fields = dict.fromkeys(("registers", "spills", "shared_bytes", "threads", "occupancy", "wgmma", "tma"), 0)
-    report = static_report.KernelReport("k", "triton", **fields, bytes_moved=4_800_000, flops=989_000_000 * 3)
+    fields = dict.fromkeys(("registers", "spills", "shared_bytes", "threads", "occupancy", "tma"), 0)
+    fields |= {"kernel": "k", "language": "triton", "wgmma": True}
+    report = static_report.KernelReport(**fields, bytes_moved=4_800_000, flops=989_000_000 * 3)
     assert report.roofline_us("h200") == pytest.approx(3.0)
     assert report.roofline_us("h100") == pytest.approx(3.0)
-    report = static_report.KernelReport("k", "triton", **fields, bytes_moved=4_800_000 * 5, flops=1)
+    fields["wgmma"] = False
+    report = static_report.KernelReport(**fields, bytes_moved=4_800_000, flops=67_000_000 * 4)
+    assert report.roofline_us("h200") == pytest.approx(4.0)
+    report = static_report.KernelReport(**fields, bytes_moved=4_800_000 * 5, flops=1)
     assert report.roofline_us("h200") == pytest.approx(5.0)
 
 

@@ -25,6 +25,7 @@ class Variant:
     bytes_moved: int  # to and from device memory, each byte once
     flops: int
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16 at this shape: pointers, sizes
+    debug: bool = False  # device assertions are compiled in
 
 
 @lru_cache

@@ -6,6 +6,7 @@
 from pgolf.ops.backends import BACKENDS, Availability, BackendUnavailable, available, backend, fallbacks, used
 from pgolf.ops.gptq import gptq
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
+from pgolf.ops.linear_softcapped_cross_entropy import linear_softcapped_cross_entropy
 from pgolf.ops.newton_schulz import newton_schulz
 from pgolf.ops.pack_bits import pack_bits, unpack_bits
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "fallbacks",
     "gptq",
     "leaky_relu2_mlp",
+    "linear_softcapped_cross_entropy",
     "newton_schulz",
     "pack_bits",
     "softcapped_cross_entropy",

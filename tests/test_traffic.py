@@ -1,0 +1,20 @@
+"""The traffic of whole operations that the static report lists."""
+
+import pytest
+
+pytest.importorskip("triton")
+import traffic
+
+
+def test_the_promised_ratios():
+    mlp, loss_twice, loss_floor, head = traffic.schemes()
+    assert mlp.bytes_moved == pytest.approx(3.435e9, rel=1e-3)
+    assert mlp.other_bytes == pytest.approx(3.838e9, rel=1e-3)
+    assert mlp.ratio <= 0.90
+    assert mlp.saved_ratio <= 0.56
+    assert loss_twice.ratio < 0.68
+    assert 1 <= loss_floor.ratio <= 1.05
+    assert head.ratio < 0.05
+    lines = traffic.text_table()
+    assert len({len(line.rstrip()) for line in lines}) == 1
+    assert "0.895x" in lines[1]
