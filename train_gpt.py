@@ -145,7 +145,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
 def main() -> int:
     try:
         settings = settings_of_run(cuda=torch.cuda.is_available())
-        with launch(settings.device) as ranks, Run(settings, ranks) as run:
+        with launch(settings.device, settings.process_timeout_seconds) as ranks, Run(settings, ranks) as run:
             run_training(settings, ranks, run)
         return 0
     except PgolfError as error:

@@ -2,14 +2,46 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf.errors import UserError
+from pgolf.errors import PgolfError, UserError
+
+PATIENCE = timedelta(hours=1)  # of `Ranks.wait`, while the first rank prepares data or packs the artifact
+# New names since torch 2.13; gloo has both as well as NCCL.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class LostProcess(PgolfError):
+    """Another process of this run died, or did not answer in time."""
+
+    def __init__(self, rank: int, reason: str, when: str = ""):
+        super().__init__(f"rank {rank} lost a fellow process{when}: {reason}")
+        self.rank, self.reason = rank, reason
+
+    def during(self, what: str) -> "LostProcess":
+        return LostProcess(self.rank, self.reason, f" during {what}")
+
+
+class Pending:
+    """A collective under way. On CUDA `wait` makes the current stream wait, not the host."""
+
+    def __init__(self, rank: int, work: Any = None):
+        self.rank, self.work = rank, work
+
+    def wait(self) -> None:
+        if self.work is not None:
+            work, self.work = self.work, None
+            with _lost_peers_told(self.rank):
+                work.wait()
 
 
 @dataclass(frozen=True)
@@ -19,6 +51,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    patient: Any = None  # process group of `wait`; None is the usual one
 
     @property
     def first(self) -> bool:
@@ -26,34 +59,67 @@ class Ranks:
 
     def sum_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all ranks (gloo has no average)."""
-        if self.world_size > 1:
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+        for pending in [self.begin_sum(tensor) for tensor in tensors]:
+            pending.wait()
+
+    def begin_sum(self, tensor: Tensor) -> Pending:
+        if self.world_size == 1:
+            return Pending(self.rank)
+        return self._begin(dist.all_reduce, tensor)
+
+    def begin_reduce_scatter(self, out: Tensor, of: Tensor) -> Pending:
+        """`of` is this rank's (world_size, n), flat or not; `out` (n,) becomes the sum of all ranks' row `rank`."""
+        return self._begin(_reduce_scatter, out, of)
+
+    def begin_all_gather(self, out: Tensor, of: Tensor) -> Pending:
+        """`out` (world_size, n), flat or not, becomes all ranks' `of` (n,)."""
+        return self._begin(_all_gather, out, of)
+
+    def _begin(self, collective: Any, *tensors: Tensor) -> Pending:
+        with _lost_peers_told(self.rank):
+            return Pending(self.rank, collective(*tensors, async_op=True))
+
+    def share(self, *numbers: float, flag: bool = False) -> tuple[list[float], bool]:
+        """The first rank's numbers, and whether `flag` is set on any rank, in one message of CPU numbers, so that no
+        GPU is waited for."""
+        if self.world_size == 1:
+            return list(numbers), flag
+        shared = torch.tensor([*(numbers if self.first else [0.0] * len(numbers)), float(flag)], dtype=torch.float64)
+        self.sum_(shared)
+        *values, flags = shared.tolist()
+        return values, flags > 0
 
     def agree(self, *numbers: float) -> list[float]:
-        """The first rank's numbers, on every rank. They travel as a CPU tensor, so no GPU is waited for."""
-        if self.world_size == 1:
-            return list(numbers)
-        shared = torch.tensor(numbers, dtype=torch.float64)
-        dist.broadcast(shared, src=0)
-        return shared.tolist()
+        """The first rank's numbers, on every rank."""
+        return self.share(*numbers)[0]
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
-        if self.world_size == 1:
-            return flag
-        shared = torch.tensor(int(flag))
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return bool(shared)
+        return self.share(flag=flag)[1]
 
     def wait(self) -> None:
-        """Until every rank is here."""
-        self.any(False)
+        """Until every rank is here, however long one of them works alone."""
+        if self.world_size > 1:
+            with _lost_peers_told(self.rank):
+                dist.all_reduce(torch.zeros(()), group=self.patient)
 
 
 @contextlib.contextmanager
-def launch(device: str = "auto") -> Iterator[Ranks]:
-    """Join the other processes of this run, which `torchrun` names through the environment; leave them at the end."""
+def _lost_peers_told(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # also of NCCL; gloo has no class of its own
+        line = str(error).partition("\n")[0]
+        raise LostProcess(rank, re.sub(r"^\[[^]]*\]\s*", "", line).partition(". ")[0]) from error  # [file:line] first
+
+
+@contextlib.contextmanager
+def launch(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ranks]:
+    """Join the other processes of this run, which `torchrun` names through the environment; leave them at the end.
+
+    A process that dies is noticed at once, because its connections close; one that hangs or whose machine is gone,
+    after `timeout_seconds` in a collective.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda: no CUDA device here; accepted are auto and cpu (`pgolf doctor` tells why)")
     rank, world_size, local_rank = (
@@ -70,8 +136,16 @@ def launch(device: str = "auto") -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(rank, world_size, where)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    with _lost_peers_told(rank):
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield Ranks(rank, world_size, where)
-    finally:
+        yield Ranks(rank, world_size, where, patient)
+    except LostProcess:
+        raise  # destroying the group would wait for the lost one; the process ends anyway
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    else:
         dist.destroy_process_group()

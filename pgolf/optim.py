@@ -1,102 +1,143 @@
-"""Optimisers: Muon on banks of matrices, AdamW on everything else, and the moving average of the weights.
+"""One optimiser step over all ranks: Muon on banks of matrices, AdamW on everything else; and the weights' average."""
 
-Muon (K. Jordan, 2024): a momentum buffer a matrix, its update replaced by the nearest semi-orthogonal matrix, found by
-Newton-Schulz iteration. Here a parameter is a bank (count, rows, columns) and the iteration runs on the whole bank.
-"""
-
-import math
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pgolf import ops
+from pgolf.distributed import Pending, Ranks
 from pgolf.model import Model
+from pgolf.muon import ALONE, Muon
 from pgolf.settings import Settings
 
+__all__ = ["Ema", "Muon", "Optimisers", "make_optimisers"]
 
-class Muon(torch.optim.Optimizer):
-    """Muon for 3-D parameters (count, rows, columns), each matrix of a bank on its own.
 
-    update = newton_schulz(nesterov momentum), times sqrt(max(1, rows / columns)); weights decay by lr * weight_decay.
-    With `row_normalize`, every row of the momentum is brought to unit length first (MuonEq-R, arXiv 2603.28254).
-    Every rank holds the same averaged gradient and does the same step.
+class Optimisers:
+    """Muon and AdamW as one step with nothing idle. The ranks' gradients add up.
+
+    All communication is begun before any of it is waited for. On CUDA AdamW runs on a stream of its own, beside Muon's
+    communication, and nothing waits for the device.
     """
 
-    def __init__(
-        self,
-        banks: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float = 0.95,
-        steps: int = 5,
-        coefficients: str = "polar_express",
-        row_normalize: bool = False,
-        weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.bfloat16,
-    ):
-        banks = list(banks)
-        for bank in banks:
-            if bank.ndim != 3:
-                raise ValueError(f"Muon takes banks (count, rows, columns); a parameter has shape {tuple(bank.shape)}")
-        super().__init__(
-            banks,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "steps": steps,
-                "coefficients": coefficients,
-                "row_normalize": row_normalize,
-                "weight_decay": weight_decay,
-            },
-        )
-        self.dtype = dtype  # of the iteration
+    def __init__(self, muon: Muon, adam: torch.optim.Optimizer, clip_norm: float = 0.0):
+        self.muon, self.adam, self.clip_norm, self.ranks = muon, adam, clip_norm, muon.ranks
+        self.small = [p for group in adam.param_groups for p in group["params"]]
+        self.base_lr = [[group["lr"] for group in optimiser.param_groups] for optimiser in (muon, adam)]
+        cuda = self.small[0].device.type == "cuda"
+        self.side = torch.cuda.Stream(self.small[0].device) if cuda else None
+        self.packed: Tensor | None = None
+
+    def set_rates(self, lr_scale: float, momentum: float) -> None:
+        """Learning rates as a fraction of those given at the start, and Muon's momentum."""
+        for optimiser, rates in zip((self.muon, self.adam), self.base_lr, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * lr_scale
+        self.muon.param_groups[0]["momentum"] = momentum
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for bank in group["params"]:
-                if bank.grad is None:
-                    continue
-                state = self.state[bank]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(bank)
-                buffer = state["momentum_buffer"]
-                buffer.mul_(momentum).add_(bank.grad)
-                update = bank.grad.add(buffer, alpha=momentum)
-                if group["row_normalize"]:
-                    update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-                update = ops.newton_schulz(update.to(self.dtype), group["coefficients"], group["steps"])
-                scale = math.sqrt(max(1.0, bank.size(-2) / bank.size(-1)))
-                bank.mul_(1.0 - lr * group["weight_decay"]).add_(update.to(bank.dtype), alpha=-lr * scale)
+    def step(self, loss: Tensor) -> Tensor:
+        """Sum gradients and `loss`, a scalar, over ranks; clip; update; drop the gradients. Returns the summed loss."""
+        self.muon.begin_step()
+        small, loss, summing = self._begin_small(loss)
+        if self.clip_norm:
+            summing.wait()
+            self._clip(self.muon.own_gradients(), small)
+        with self._beside():
+            summing.wait()
+            self.adam.step()
+        self.muon.step()
+        if self.side is not None:  # before gradients are freed, for others on this stream to overwrite
+            torch.cuda.current_stream().wait_stream(self.side)
+        for optimiser in (self.muon, self.adam):
+            optimiser.zero_grad(set_to_none=True)
+        return loss.clone()
+
+    def _begin_small(self, loss: Tensor) -> tuple[list[Tensor], Tensor, Pending]:
+        """Sum the gradients of AdamW's parameters, and the loss, in one message. They become views of its buffer."""
+        owners = [p for p in self.small if p.grad is not None]
+        gradients = [p.grad for p in owners if p.grad is not None]
+        if self.ranks.world_size == 1:
+            return gradients, loss, Pending(0)
+        if self.packed is None:
+            self.packed = gradients[0].new_empty(sum(p.numel() for p in self.small) + 1)
+        sizes = [gradient.numel() for gradient in gradients]
+        used = self.packed[: sum(sizes) + 1]
+        *parts, last = used.split([*sizes, 1])
+        views = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_([*views, last], [*gradients, loss.reshape(1)])
+        for p, view in zip(owners, views, strict=True):
+            p.grad = view
+        return views, last.squeeze(0), self.ranks.begin_sum(used)
+
+    def _clip(self, own: list[Tensor], small: list[Tensor]) -> None:
+        """As torch.nn.utils.clip_grad_norm_ over all gradients, of which this rank has its own matrices and all small
+        ones; one number travels."""
+        squares = torch.stack(torch._foreach_norm(own)).square().sum()
+        self.ranks.begin_sum(squares).wait()
+        norm = (squares + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
+        torch._foreach_mul_([*own, *small], (self.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
+
+    def reset(self) -> None:
+        """As if no step had been taken."""
+        self.muon.reset()
+        self.adam.state.clear()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Of both. All ranks must call it; all get the same."""
+        return [self.muon.state_dict(), self.adam.state_dict()]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        for optimiser, saved in zip((self.muon, self.adam), state, strict=True):
+            optimiser.load_state_dict(saved)
 
 
 class Ema:
     """Exponential moving average of parameters; young averages forget faster, so that the start leaves no trace."""
 
     def __init__(self, parameters: Iterable[Tensor], decay: float):
-        self.parameters, self.decay, self.updates = list(parameters), decay, 0
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.parameters, self.decay, self.updates = [p.detach() for p in parameters], decay, 0
+        self.average = [p.clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 9.0))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
+        torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.copy_(average)
+        torch._foreach_copy_(self.parameters, self.average)
 
 
-def make_optimisers(model: Model, settings: Settings) -> list[torch.optim.Optimizer]:
-    """[Muon on the banks, AdamW on embedding and small parameters]; every group remembers its `base_lr`."""
+def lr_multipliers(banks: Iterable[Tensor], settings: Settings) -> list[Tensor]:
+    """Split-LR: layers from MUON_LATE_LAYER on move at MUON_LATE_LR_MULT times the rate. A bank holds all layers once,
+    or twice one after the other."""
+    result = []
+    for bank in banks:
+        layers = torch.arange(len(bank)) % settings.num_layers
+        result.append(torch.where(layers >= settings.muon_late_layer, settings.muon_late_lr_mult, 1.0))
+    return result
+
+
+def make_optimisers(model: Model, settings: Settings, ranks: Ranks = ALONE, compiled: bool = False) -> Optimisers:
+    """Muon on the banks, AdamW on embedding and small parameters."""
     named = dict(model.named_parameters())
-    banks = [p for name, p in named.items() if name.endswith("_bank")]
-    small = [p for name, p in named.items() if name != "embedding" and not name.endswith("_bank")]
+    banks = {name: p for name, p in named.items() if name.endswith("_bank")}
+    small = [p for name, p in named.items() if name != "embedding" and name not in banks]
     muon = Muon(
-        banks,
+        banks.values(),
         lr=settings.matrix_lr,
         momentum=settings.muon_momentum,
         steps=settings.muon_backend_steps,
@@ -104,6 +145,11 @@ def make_optimisers(model: Model, settings: Settings) -> list[torch.optim.Optimi
         row_normalize=settings.muon_row_normalize,
         weight_decay=settings.muon_weight_decay,
         dtype=model.dtype,
+        beta2=settings.muon_beta2,
+        renormalize=settings.muon_renormalize,
+        lr_multipliers=lr_multipliers(banks.values(), settings),
+        ranks=ranks,
+        compiled=compiled,
     )
     adam = torch.optim.AdamW(
         [
@@ -115,7 +161,4 @@ def make_optimisers(model: Model, settings: Settings) -> list[torch.optim.Optimi
         weight_decay=settings.adam_weight_decay,
         fused=True,
     )
-    for optimiser in (muon, adam):
-        for group in optimiser.param_groups:
-            group["base_lr"] = group["lr"]
-    return [muon, adam]
+    return Optimisers(muon, adam, settings.grad_clip_norm)

@@ -74,6 +74,10 @@ class Settings(BaseModel):
     muon_coefficients: Literal["quintic", "polar_express"] = "quintic"
     muon_row_normalize: bool = False  # MuonEq-R
     muon_weight_decay: float = Field(0.0, ge=0)
+    muon_beta2: float = Field(0.0, ge=0, lt=1)  # NorMuon's variance reduction; 0: none
+    muon_renormalize: Literal["none", "row", "column", "row_column", "column_row"] = "none"  # Muon+
+    muon_late_layer: int = Field(0, ge=0)  # Split-LR: from this layer on,
+    muon_late_lr_mult: float = Field(1.0, ge=0)  # banks learn at so many times MATRIX_LR
     adam_weight_decay: float = Field(0.0, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -96,6 +100,7 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on where there is a GPU
+    process_timeout_seconds: float = Field(300.0, gt=0)  # for an answer of another process; longer than it compiles
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> "Settings":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pgolf.data.loader import TokenLoader
-from pgolf.distributed import Ranks
+from pgolf.distributed import LostProcess, Ranks
 from pgolf.errors import UserError
 from pgolf.evaluate import Score
 from pgolf.files import replacing
@@ -16,7 +16,7 @@ from pgolf.optim import Ema, make_optimisers
 from pgolf.run import CHECKPOINT, Interrupted, Run
 from pgolf.settings import Settings
 
-SYNC_STEPS = 10  # on a GPU the host waits for the device this often, so that its clock is the device's
+TALK_SECONDS = 1.0  # the ranks talk about time and signals this often at least, and more often near the end
 
 
 class Trainer:
@@ -25,10 +25,11 @@ class Trainer:
     def __init__(self, model: Model, loader: TokenLoader, settings: Settings, ranks: Ranks, run: Run):
         self.model, self.loader, self.settings, self.ranks, self.run = model, loader, settings, ranks, run
         self.parameters = list(model.parameters())
-        self.optimisers = make_optimisers(model, settings)
-        self.ema = Ema(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self.device = self.parameters[0].device
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda")
+        # On CPU torch 2.13 cannot compile Muon's row normalisation, and there is nothing to win.
+        self.optimisers = make_optimisers(model, settings, ranks, self.compiled and self.device.type == "cuda")
+        self.ema = Ema(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self.loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if self.compiled else model.loss
         self.global_rows = settings.train_batch_tokens // settings.train_seq_len
         self.micro_rows = settings.micro_batch_tokens // settings.train_seq_len
@@ -57,8 +58,7 @@ class Trainer:
         with torch.no_grad():
             for parameter, weight in zip(self.parameters, weights, strict=True):
                 parameter.copy_(weight)
-        for optimiser in self.optimisers:
-            optimiser.state.clear()
+        self.optimisers.reset()
         self.loader.load_state_dict(position)
         (self.step_seconds,) = self.ranks.agree(self.step_seconds)
 
@@ -73,41 +73,52 @@ class Trainer:
                 f"MAX_WALLCLOCK_SECONDS={settings.max_wallclock_seconds:g} is too small for one step: a step takes "
                 f"{self.step_seconds:.2f} s and GPTQ_RESERVE_SECONDS={settings.gptq_reserve_seconds:g} are kept back"
             )
-        zero = time.perf_counter() - self.used_seconds  # when the clock would have started, had it never stopped
-        last = self.used_seconds
         with run.deferring_signals():
-            while True:
-                near_end = self.used_seconds + 2 * SYNC_STEPS * self.step_seconds > self.train_limit_seconds
-                if self.step % SYNC_STEPS == 0 or near_end:
-                    self._synchronize()
-                elapsed = time.perf_counter() - zero
-                # The longest of late: a step that is begun must end in time, on a busy machine too.
-                self.step_seconds, last = max(elapsed - last, 0.9 * self.step_seconds), elapsed
-                elapsed, stop = self.ranks.agree(elapsed, float(elapsed + self.step_seconds > self.train_limit_seconds))
-                self.used_seconds = elapsed
-                if self.ranks.any(run.signal is not None):
-                    self.save()
-                    raise Interrupted
-                if stop or self.step >= settings.iterations:
-                    break
-                scale = lr_scale(settings, self.step, elapsed, self.train_limit_seconds)
-                loss = self.take_step(scale)
-                self.step += 1
-                if self.ema:
-                    self.ema.update()
-                if settings.train_log_every and (self.step <= 10 or self.step % settings.train_log_every == 0):
-                    self._log_step(loss, scale, time.perf_counter() - zero)
-                if settings.val_loss_every and self.step % settings.val_loss_every == 0:
-                    self._synchronize()
-                    stopped = time.perf_counter()
-                    run.log_score(self.step, validate(), stopped - zero)
-                    zero += time.perf_counter() - stopped
-            if stop:
-                where = f"step:{self.step}/{settings.iterations}"
-                run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
-            self.save()  # what follows can be repeated from here
+            try:
+                self._train(validate)
+            except LostProcess as error:
+                raise error.during(f"step {self.step}") from error
         if self.ema and self.ema.updates:
             self.ema.copy_to_parameters()
+
+    def _train(self, validate: Callable[[], Score]) -> None:
+        settings, run, limit = self.settings, self.run, self.train_limit_seconds
+        zero = time.perf_counter() - self.used_seconds  # when the clock would have started, had it never stopped
+        clock = Clock(self.used_seconds, self.step_seconds)
+        talk_at = self.step
+        while True:
+            if self.step == talk_at or (run.signal is not None and self.ranks.world_size == 1):
+                self._synchronize()
+                clock.read(time.perf_counter() - zero)
+                (elapsed, mean, slowest, steps), signalled = self.ranks.share(
+                    clock.elapsed, clock.mean, clock.slowest, clock.steps_ahead(limit), flag=run.signal is not None
+                )
+                self.used_seconds, self.step_seconds, talked = elapsed, slowest, self.step
+                if signalled:
+                    self.save()
+                    raise Interrupted
+                if not steps or self.step >= settings.iterations:
+                    break
+                talk_at = min(self.step + int(steps), settings.iterations)
+            begin = time.perf_counter()
+            # Between two talks all ranks go by the same guess of the time.
+            scale = lr_scale(settings, self.step, elapsed + (self.step - talked) * mean, limit)
+            loss = self.take_step(scale)
+            self.step += 1
+            if self.ema:
+                self.ema.update()
+            clock.tick(time.perf_counter() - begin)
+            if settings.train_log_every and (self.step <= 10 or self.step % settings.train_log_every == 0):
+                self._log_step(loss, scale, time.perf_counter() - zero)
+            if settings.val_loss_every and self.step % settings.val_loss_every == 0:
+                self._synchronize()
+                stopped = time.perf_counter()
+                run.log_score(self.step, validate(), stopped - zero)
+                zero += time.perf_counter() - stopped
+        if not steps:
+            where = f"step:{self.step}/{settings.iterations}"
+            run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
+        self.save()  # what follows can be repeated from here
 
     def calibration_batches(self) -> Iterator[torch.Tensor]:
         """Token rows (micro-batch, length) of the next GPTQ_CALIBRATION_BATCHES training batches, this rank's share."""
@@ -133,22 +144,11 @@ class Trainer:
             loss = self.loss(x, y) * (len(x) / self.global_rows)
             loss.backward()
             total += loss.detach()
-        self.ranks.sum_(total, *(p.grad for p in self.parameters if p.grad is not None))
-        if settings.grad_clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip_norm)
-        muon, adam = self.optimisers
-        fraction = (
-            min(self.step / settings.muon_momentum_warmup_steps, 1.0) if settings.muon_momentum_warmup_steps else 1.0
-        )
+        warm_up = settings.muon_momentum_warmup_steps
+        fraction = min(self.step / warm_up, 1.0) if warm_up else 1.0
         start = settings.muon_momentum_warmup_start
-        for group in muon.param_groups:
-            group["momentum"] = start + fraction * (settings.muon_momentum - start)
-        for optimiser in (muon, adam):
-            for group in optimiser.param_groups:
-                group["lr"] = group["base_lr"] * scale
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        return total
+        self.optimisers.set_rates(scale, momentum=start + fraction * (settings.muon_momentum - start))
+        return self.optimisers.step(total)
 
     def _log_step(self, loss: torch.Tensor, scale: float, seconds: float) -> None:
         value = float(loss)
@@ -171,12 +171,13 @@ class Trainer:
             torch.cuda.synchronize()
 
     def save(self) -> None:
-        """Write the checkpoint, from the first rank; all ranks hold the same state."""
+        """Write the checkpoint, from the first rank. All ranks must call it: each has a part of the momentum."""
+        optimisers = self.optimisers.state_dict()
         if not self.ranks.first:
             return
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "optimisers": optimisers,
             "ema": {"average": self.ema.average, "updates": self.ema.updates} if self.ema else None,
             "loader": self.loader.state_dict(),
             "step": self.step,
@@ -191,8 +192,7 @@ class Trainer:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
-            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-                optimiser.load_state_dict(saved)
+            self.optimisers.load_state_dict(state["optimisers"])
             if self.ema:
                 self.ema.average, self.ema.updates = state["ema"]["average"], state["ema"]["updates"]
             self.loader.load_state_dict(state["loader"])
@@ -200,6 +200,35 @@ class Trainer:
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path}: not a checkpoint of these settings ({str(error).splitlines()[0]})") from None
         self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")
+
+
+class Clock:
+    """The training clock as the first rank reads it, and how far ahead it may promise steps."""
+
+    def __init__(self, elapsed: float, step_seconds: float):
+        self.elapsed, self.mean, self.slowest = elapsed, step_seconds, step_seconds  # seconds; the latter two of a step
+        self.steps, self.longest = 0, 0.0  # since the last reading
+
+    def tick(self, seconds: float) -> None:
+        """One more step; `seconds` as the host saw it, which a GPU may exceed."""
+        self.steps, self.longest = self.steps + 1, max(self.longest, seconds)
+
+    def read(self, elapsed: float) -> None:
+        if self.steps:
+            self.mean = (elapsed - self.elapsed) / self.steps
+            # The slowest of late: a step that is begun must end in time, on a busy machine too.
+            self.slowest = max(self.mean, self.longest, 0.9**self.steps * self.slowest)
+        self.elapsed, self.steps, self.longest = elapsed, 0, 0.0
+
+    def steps_ahead(self, limit: float) -> int:
+        """How many steps to take before the ranks talk again; 0 when not even one would end before `limit`.
+
+        They may turn out twice as slow as the slowest of late.
+        """
+        left = limit - self.elapsed
+        if self.slowest > left:
+            return 0
+        return max(1, int(min(TALK_SECONDS, left / 2) / self.slowest)) if self.slowest else 1
 
 
 def lr_scale(settings: Settings, step: int, elapsed_seconds: float, limit_seconds: float) -> float:

@@ -15,8 +15,9 @@ from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
 from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
+from pgolf.run import Interrupted
 from pgolf.settings import Settings, load_settings
-from pgolf.train import Trainer, lr_scale
+from pgolf.train import Clock, Trainer, lr_scale
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -118,6 +119,65 @@ def test_the_wall_clock_is_a_hard_limit(trainer):
     assert 0.5 < t.used_seconds < 2.0  # 1.0 and jitter; what is beyond it comes out of the reserve
     assert t.step > 5
     assert any(line.startswith("stopping_early: wallclock_cap") for line in t.run.lines)
+
+
+def test_the_ranks_talk_seldom_until_the_end_comes_near():
+    clock = Clock(0.0, 0.01)
+    now, talks = 0.0, []
+    step_seconds = itertools.cycle([0.01, 0.01, 0.02])
+    while steps := clock.steps_ahead(limit=20.0):
+        talks.append(steps)
+        for _ in range(steps):
+            seconds = next(step_seconds)
+            now += seconds
+            clock.tick(seconds)
+        clock.read(now)
+    assert 19.9 < now <= 20.0
+    assert talks[1] == 50  # a second of the slowest steps
+    assert talks[-1] == 1
+    assert len(talks) < 60
+    assert Clock(0.0, 0.0).steps_ahead(1.0) == 1  # nothing known yet
+    assert Clock(0.5, 0.6).steps_ahead(1.0) == 0
+
+
+def test_a_slow_step_is_remembered_for_a_while():
+    clock = Clock(0.0, 0.1)
+    clock.tick(0.5)
+    clock.read(0.5)
+    assert clock.steps_ahead(100.0) == 2
+    for now in range(1, 21):
+        clock.tick(0.1)
+        clock.read(0.5 + 0.1 * now)
+    assert clock.steps_ahead(100.0) in (9, 10)
+
+
+def test_ranks_talk_about_once_a_second(trainer, monkeypatch):
+    t = trainer(ITERATIONS="200")
+    t.warm_up()
+    messages = []
+    share = Ranks.share
+    monkeypatch.setattr(Ranks, "share", lambda *args, **kw: messages.append(1) or share(*args, **kw))
+    t.train(no_score)
+    assert t.step == 200
+    assert len(messages) < 50
+
+
+def test_a_signal_is_noticed_at_the_next_step(trainer):
+    t = trainer(ITERATIONS="10000")
+    t.warm_up()
+    calls = itertools.count()
+    take_step = t.take_step
+
+    def step(scale):
+        if next(calls) == 7:
+            t.run.signal = 15
+        return take_step(scale)
+
+    t.take_step = step
+    with pytest.raises(Interrupted):
+        t.train(no_score)
+    assert t.step == 8
+    assert (t.run.folder / "checkpoint.pt").exists()
 
 
 def test_validation_comes_when_asked_for_and_stops_the_clock(trainer):

@@ -1,0 +1,236 @@
+"""Muon (K. Jordan, 2024): each matrix moves along the orthogonalised Nesterov momentum of its gradient.
+
+A parameter is a bank (count, rows, columns), each matrix of it on its own. One step, for gradient G and rate lr:
+
+    B ← momentum B + G,  U = G + momentum B
+    U ← rows of U at unit length                              with `row_normalize`: MuonEq-R, arXiv 2603.28254
+    O = newton_schulz(U)
+    O ← O with unit rows and/or columns                       with `renormalize`: Muon+, arXiv 2602.21545
+    v ← beta2 v + (1 - beta2) mean over columns of O²         with `beta2`: NorMuon, arXiv 2510.05491
+    O ← O / (√v + 1e-8)
+    W ← (1 - lr m decay) W - lr m √max(1, rows / columns) O
+
+m is the matrix's learning-rate multiplier. After the two options O is brought back to the Frobenius norm it had, so
+that one learning rate serves with and without them.
+
+On several ranks each matrix has one owner (pgolf/sharding.py), which alone keeps its momentum. Gradients reach the
+owners by reduce-scatter, costliest shape first; while the next shape is orthogonalised, the updates of the last travel
+to all ranks, in the dtype of the iteration, so that every rank adds the same bits. The ranks' gradients add up.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgolf import ops
+from pgolf.distributed import Pending, Ranks
+from pgolf.sharding import Exchange, Part, Plan
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+RENORMALIZE = {"none": (), "row": (-1,), "column": (-2,), "row_column": (-1, -2), "column_row": (-2, -1)}
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for banks of one dtype on one device; the formula is at the top of this file.
+
+    `lr_multipliers`: for each bank a number, or a tensor (count,). With several ranks every rank must call `step`,
+    `state_dict` and `load_state_dict`. `begin_step` may be called before `step`, as soon as there are gradients.
+    `compiled` fuses what is done element by element; rate and momentum may change without compiling anew.
+    """
+
+    def __init__(
+        self,
+        banks: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        steps: int = 5,
+        coefficients: str = "polar_express",
+        row_normalize: bool = False,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        beta2: float = 0.0,
+        renormalize: str = "none",
+        lr_multipliers: Sequence[float | Tensor] | None = None,
+        ranks: Ranks = ALONE,
+        compiled: bool = False,
+    ):
+        self.banks = list(banks)
+        for bank in self.banks:
+            if bank.ndim != 3:
+                raise ValueError(f"Muon takes banks (count, rows, columns); a parameter has shape {tuple(bank.shape)}")
+            if bank.dtype != self.banks[0].dtype:
+                raise ValueError(f"Muon takes banks of one dtype; these are {self.banks[0].dtype} and {bank.dtype}")
+        if renormalize not in RENORMALIZE:
+            raise ValueError(f"renormalize: {renormalize!r} is not accepted; expected {', '.join(RENORMALIZE)}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "steps": steps,
+            "coefficients": coefficients,
+            "row_normalize": row_normalize,
+            "weight_decay": weight_decay,
+            "beta2": beta2,
+            "renormalize": renormalize,
+        }
+        super().__init__(self.banks, defaults)
+        self.dtype, self.ranks = dtype, ranks  # dtype of the iteration
+        self.multipliers = _multipliers(self.banks, lr_multipliers)
+        self._scattering: list[Pending] | None = None
+        self._compiled = compiled
+        wrap = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
+        self._add_momentum, self._move = wrap(_add_momentum), wrap(_move)
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        return Exchange(self.banks, self.ranks, self.param_groups[0]["steps"], self.dtype)
+
+    @cached_property
+    def momentum(self) -> Part:
+        plan, rank = self.exchange.plan, self.ranks.rank
+        return Part(plan, rank, self.banks[0].detach().new_zeros(plan.ends[rank][-1]))
+
+    @cached_property
+    def variance(self) -> Part:
+        shapes, rank = [tuple(bank.shape) for bank in self.banks], self.ranks.rank
+        plan = Plan(shapes, self.ranks.world_size, self.param_groups[0]["steps"], columns=1)  # type: ignore[arg-type]
+        return Part(plan, rank, self.banks[0].detach().new_zeros(plan.ends[rank][-1]))
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Send the gradients on their way."""
+        for index, bank in enumerate(self.banks):
+            if bank.grad is None:
+                raise RuntimeError(f"Muon: bank {index} of {len(self.banks)} has no gradient; all take part in a step")
+        self._scattering = self.exchange.begin_scatter()
+
+    def own_gradients(self) -> list[Tensor]:
+        """After `begin_step`: the summed gradients of this rank's matrices, to be measured or scaled in place."""
+        for pending in self._scattering or ():
+            pending.wait()
+        if self.ranks.world_size == 1:
+            return [bank.grad for bank in self.banks if bank.grad is not None]
+        return [self.exchange.gradients.data[: len(self.momentum.data)]]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self._scattering is None:
+            self.begin_step()
+        scattering, self._scattering = self._scattering or [], None
+        gathering: list[Pending] = []
+        for batch in range(len(self.exchange.plan.batches)):
+            if scattering:
+                scattering[batch].wait()
+            self._orthogonalise(batch)
+            gathering.append(self.exchange.begin_gather(batch))
+            if batch:
+                self._move_banks(batch - 1, gathering)
+        self._move_banks(len(gathering) - 1, gathering)
+
+    def _orthogonalise(self, batch: int) -> None:
+        group = self.param_groups[0]
+        for gradient, momentum, update in self.exchange.parts(batch, self.momentum):
+            self._add_momentum(gradient, momentum, update, self._scalar(group["momentum"]), group["row_normalize"])
+        update = self.exchange.updates.batch(batch)
+        if not len(update):
+            return
+        ops.newton_schulz(update, group["coefficients"], group["steps"], out=update)
+        if group["renormalize"] != "none":
+            update.copy_(_renormalized(update, RENORMALIZE[group["renormalize"]]))
+        if group["beta2"]:
+            update.copy_(_variance_reduced(update, self.variance.batch(batch), group["beta2"]))
+
+    def _move_banks(self, segment: int, gathering: list[Pending]) -> None:
+        """Those whose updates are complete with this segment."""
+        group = self.param_groups[0]
+        gathering[segment].wait()
+        lr = self._scalar(group["lr"])
+        for index, update in self.exchange.unpack(segment):
+            self._move(self.banks[index], update, lr, self.multipliers[index], group["weight_decay"])
+
+    def _scalar(self, number: float) -> float | Tensor:
+        """For compiled code a 0-D tensor on the host: a changing number would be compiled again and again."""
+        return torch.tensor(number, dtype=torch.float64) if self._compiled else number
+
+    def _state(self) -> dict[str, Part]:
+        variance = {"variance": self.variance} if self.param_groups[0]["beta2"] else {}
+        return {"momentum_buffer": self.momentum, **variance}
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As if no step had been taken."""
+        for part in self._state().values():
+            part.data.zero_()
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Momentum, and variance, of whole banks: the same on every rank and at every number of ranks."""
+        whole = {name: part.whole(self.ranks) for name, part in self._state().items()}
+        indices = list(range(len(self.banks)))
+        group = {name: value for name, value in self.param_groups[0].items() if name != "params"}
+        return {
+            "state": {i: {name: banks[i] for name, banks in whole.items()} for i in indices},
+            "param_groups": [{**group, "params": indices}],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this rank's part of what `state_dict` gave."""
+        state, (group,) = state_dict["state"], state_dict["param_groups"]
+        self.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
+        self.reset()
+        if state:  # {} before the first step, in checkpoints of a plain torch optimiser
+            for name, part in self._state().items():
+                part.take([state[i][name] for i in range(len(self.banks))])
+
+
+def _multipliers(banks: Sequence[Tensor], given: Sequence[float | Tensor] | None) -> list[Tensor]:
+    """(count, 1, 1) for each bank."""
+    if given is None:
+        given = [1.0] * len(banks)
+    if len(given) != len(banks):
+        raise ValueError(f"lr_multipliers: {len(given)} for {len(banks)} banks")
+    result = []
+    for index, (bank, multiplier) in enumerate(zip(banks, given, strict=True)):
+        multiplier = torch.as_tensor(multiplier, dtype=bank.dtype, device=bank.device)
+        if multiplier.shape not in ((), (len(bank),)):
+            raise ValueError(
+                f"lr_multipliers[{index}]: shape {tuple(multiplier.shape)}; expected a number or ({len(bank)},)"
+            )
+        result.append(multiplier.expand(len(bank)).reshape(-1, 1, 1).clone())
+    return result
+
+
+def _add_momentum(gradient: Tensor, buffer: Tensor, out: Tensor, momentum: float | Tensor, row_normalize: bool) -> None:
+    buffer.mul_(momentum).add_(gradient)
+    update = (buffer * momentum).add_(gradient)
+    if row_normalize:
+        update.div_(update.norm(dim=-1, keepdim=True).clamp_min_(1e-7))
+    out.copy_(update)
+
+
+def _move(bank: Tensor, update: Tensor, lr: float | Tensor, multiplier: Tensor, weight_decay: float) -> None:
+    rate = multiplier * lr  # (count, 1, 1)
+    scale = math.sqrt(max(1.0, bank.size(-2) / bank.size(-1)))
+    bank.mul_(1.0 - rate * weight_decay).addcmul_(update.to(bank.dtype), rate * -scale)
+
+
+def _renormalized(update: Tensor, dims: tuple[int, ...]) -> Tensor:
+    x = update.to(torch.promote_types(update.dtype, torch.float32))
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    for dim in dims:
+        x = x / x.norm(dim=dim, keepdim=True).clamp_min(1e-8)
+    return _with_norm(x, norm)
+
+
+def _variance_reduced(update: Tensor, variance: Tensor, beta2: float) -> Tensor:
+    x = update.to(variance.dtype)
+    variance.lerp_(x.square().mean(dim=-1, keepdim=True), 1.0 - beta2)
+    return _with_norm(x / (variance.sqrt() + 1e-8), x.norm(dim=(-2, -1), keepdim=True))
+
+
+def _with_norm(x: Tensor, norm: Tensor) -> Tensor:
+    return x * (norm / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-8))
