@@ -9,8 +9,8 @@ Operations ask `choose` in one of two places, and `torch.compile(fullgraph=True)
 
 - inside a registered `torch.library` operation, which the compiler does not look into (`pack_bits`): the choice is made
   at every call, compiled or not;
-- in traced Python (`newton_schulz`), where the plain definition is left open to the compiler for fusion: the choice
-  is a constant of the graph, and a forced backend is a guard of it, so forcing another one compiles anew.
+- in traced Python (`newton_schulz`), from where it travels into the registered operations as an argument: the choice is
+  a constant of the graph, and a forced backend is a guard of it, so forcing another one compiles anew.
 """
 
 import contextlib

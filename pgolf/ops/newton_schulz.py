@@ -3,35 +3,64 @@
 For X = U S Vᵀ each step applies an odd polynomial to the singular values and leaves U and V alone:
 
     X ← X / ‖X‖_F                            singular values in [0, 1]
-    A = X Xᵀ,  X ← a X + (b A + c A²) X      s ← a s + b s³ + c s⁵
+    G = X Xᵀ,  X ← a X + (b G + c G²) X      s ← a s + b s³ + c s⁵
 
-In the end all singular values that were not tiny lie in a band around 1, so X ≈ U Vᵀ.
-After 5 steps and for singular values of at least 3e-3 (of X normalised) the band is
-- "quintic", (3.4445, -4.7750, 2.0315) repeated: 0.68 to 1.21;
+In the end all singular values that were not tiny lie in a band around 1, so X ≈ U Vᵀ. The band, for singular values
+(of X normalised) of at least
+- "quintic", (3.4445, -4.7750, 2.0315) repeated: after 5 steps, from 3e-3, 0.68 to 1.21;
 - "polar_express", one optimal polynomial a step, with the paper's safety factor 1.01 (a/1.01, b/1.01³, c/1.01⁵; from
-  the eighth step on the fixed point (1.875, -1.25, 0.375), unscaled): 0.87 to 1.13.
+  the eighth step on the fixed point (1.875, -1.25, 0.375), unscaled): after 5 steps, from 3e-3, 0.87 to 1.13;
+- "aol", four polynomials with a small gain for the normalisation of that name: from 1e-2, 0.97 to 1.15.
 
-Shapes and dtypes: bank (M, N) or (B, M, N), wide, tall or square, float16/bfloat16/float32/float64; the products run
-in that dtype, the normalisation in float32 or wider. Result like bank. Not meant to be differentiated through.
+Normalisations, all of which leave no singular value above 1:
+- "frobenius", as above;
+- "row", each row to length 1 (a zero row stays), then Frobenius: MuonEq-R;
+- "aol", each row of the short side (column, if X is tall) divided by sqrt(Σ_j |G|_ij): singular values come out five to
+  seven times as large as from Frobenius for Gaussian matrices, so four steps do what five did. U and V change.
+
+Shapes and dtypes: bank (M, N) or (B, M, N), wide, tall or square, float16/bfloat16/float32/float64. Result like bank,
+contiguous. Not meant to be differentiated through.
 A zero matrix gives zero; scale does not matter (it is divided out before squares can underflow). A matrix of rank r
 gives r singular values in the band and the others near 0. NaN or infinity in a matrix makes all of that matrix NaN.
+
+The reference computes the products in the bank's dtype and the normalisation in float32 or wider. The Triton path
+computes one triangle of symmetric products and for bfloat16 banks iterates in float16, which has three bits more (a
+list of polynomials that could leave its range is iterated in bfloat16). Those bits pay for the Gram form where the long
+side is at least twice the short one, two steps at a time:
+
+    G = X Xᵀ,  Z = aI + bG + cG²,  G ← Z G Z,  Z' = a'I + b'G + c'G²,  X ← (Z Z') X
+
+In the dtype of the bank it can have two to four times the error of the plain products, so float16 and float32 banks
+take the steps one by one. Three steps without forming X lose the small singular values beside large ones
+(bench/NOTES.md). Square banks take the steps one by one too: there the form saves nothing. float64 is always computed
+by the reference.
 Error against float64 for 5 steps and singular values within a factor of 10: float32 < 1e-5, float16 < 4e-3, bfloat16
 < 3e-2. The bounds of single products do not hold, because a small singular value is multiplied by up to 1,000, its
-rounding error with it; the error is at most that of the same products written out one by one.
-Cost a step and matrix, n <= m: 4n²m + 2n³ FLOPs (symmetry would allow 3n²m + n³).
+rounding error with it; the error is at most 1.1 times that of the same products written out one by one.
+
+Cost of a step and matrix, n <= m: the reference 4n²m + 2n³ FLOPs, the Triton path as `flops` says. Launches of the
+Triton path: 2 to normalise (with "aol" 7, one of them a product), 3 a step, in the Gram form 7 for two, and 1 to copy
+where the dtype changes, a size is no multiple of 8 or `out` is given; where a x is added apart, the library may copy x
+besides. So 5 steps of a bfloat16 bank take 18 if it is square and 20 in the Gram form. Nothing waits for the device, so
+a CUDA graph can hold it all.
+
 Errors: `TypeError`/`ValueError` naming the argument.
-Sources: Muon, kellerjordan.github.io/posts/muon; Amsel et al., The Polar Express, arXiv 2505.16932.
+Sources: Muon, kellerjordan.github.io/posts/muon; Amsel et al., The Polar Express, arXiv 2505.16932; Boissin et al.,
+Turbo-Muon, arXiv 2512.04632, whose published code (github.com/thib-s/flash-newton-schulz) takes the last four of the
+five polynomials of YouJiacheng's Muon; MuonEq, row equilibration; the Gram form, Dao-AILab/gram-newton-schulz.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pgolf.ops import backends, checks
 
-Coefficients = str | Sequence[tuple[float, float, float]]
+Polynomial = tuple[float, float, float]
+Coefficients = str | Sequence[Polynomial]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 POLAR_EXPRESS = (  # as published, without the safety factor
@@ -45,9 +74,25 @@ POLAR_EXPRESS = (  # as published, without the safety factor
 )
 POLAR_EXPRESS_FIXED_POINT = (1.875, -1.25, 0.375)
 SAFETY_FACTOR = 1.01
-NORMALIZATIONS = ("frobenius",)
+AOL = (
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+COEFFICIENTS = ("polar_express", "quintic", "aol")
+NORMALIZATIONS = ("frobenius", "row", "aol")
 
-backends.register("newton_schulz")
+LARGEST_PAIR_GAIN = 40.0  # of two steps on one Gram matrix; the first two of Polar Express have 33
+LARGEST_GAIN = 1000.0  # of a step in float16
+LARGEST_VALUE = 16.0  # a singular value between steps in float16
+
+# Of the Triton path on sm_90: sides of the tiles of symmetric products, and when the smaller ones are taken.
+LARGE_TILE, SMALL_TILE = 128, 64
+MULTIPROCESSORS = 132
+SHORT = 512  # length of a product
+
+backends.register("newton_schulz", triton=("cuda",))
 
 
 def newton_schulz(
@@ -61,61 +106,273 @@ def newton_schulz(
 
     Args:
         bank: (M, N) or (B, M, N), floating.
-        coefficients: "polar_express", "quintic", or a list of (a, b, c), one a step (then `steps` is not used).
+        coefficients: "polar_express", "quintic", "aol" (four steps), or a list of (a, b, c), one a step; `steps` is
+            not used with the latter two.
         steps: number of iterations, 1 to 100.
-        normalize: "frobenius".
+        normalize: "frobenius", "row" or "aol".
         out: where to write the result, like bank; may be bank itself.
     Returns:
         `out`, or a new tensor like bank.
     """
-    checks.tensor("bank", bank, checks.FLOATS)
-    if bank.ndim not in (2, 3):
-        raise ValueError(f"bank: shape {tuple(bank.shape)} is not accepted; expected (M, N) or (B, M, N)")
-    checks.choice("normalize", normalize, NORMALIZATIONS)
+    _check(bank, normalize)
     polynomials = step_coefficients(coefficients, steps)
     if out is not None:
         checks.tensor("out", out, (bank.dtype,))
         checks.shape("out", out, bank.shape, "the shape of bank")
         checks.same_device("bank", bank, out=out)
-    backends.choose("newton_schulz", bank.device.type)
-    result = newton_schulz_reference(bank, polynomials)
-    return result if out is None else out.copy_(result)
+    arguments = (
+        [number for triple in polynomials for number in triple],
+        normalize,
+        backends.choose("newton_schulz", bank.device.type),
+    )
+    if out is None:
+        return _orthogonalized(bank, *arguments)
+    _orthogonalized_into(out, bank, *arguments)
+    return out
 
 
-def newton_schulz_reference(bank: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+def newton_schulz_reference(bank: Tensor, polynomials: Sequence[Polynomial], normalize: str = "frobenius") -> Tensor:
     """The definition in plain PyTorch: one step for each (a, b, c) of `polynomials`; bank as for `newton_schulz`."""
     if bank.numel() == 0:
         return torch.empty_like(bank)
     tall = bank.shape[-2] > bank.shape[-1]
-    x = (bank.mT if tall else bank).reshape(-1, min(bank.shape[-2:]), max(bank.shape[-2:]))  # (B, n, m), n <= m
-    x = _frobenius_normalized(x)
+    x = _normalized(bank.reshape(-1, *bank.shape[-2:]), normalize)  # (B, M, N)
     for a, b, c in polynomials:
-        gram = x @ x.mT  # (B, n, n)
+        gram = x.mT @ x if tall else x @ x.mT  # (B, n, n), n = min(M, N)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
-    return (x.mT if tall else x).reshape(bank.shape)
+        x = torch.baddbmm(x, *((x, gram) if tall else (gram, x)), beta=a)
+    return x.reshape(bank.shape)
 
 
-def flops(rows: int, columns: int, steps: int = 5) -> int:
-    """Multiplications and additions that `newton_schulz` spends on one matrix (rows, columns)."""
+def flops(
+    rows: int,
+    columns: int,
+    steps: int = 5,
+    coefficients: Coefficients = "polar_express",
+    dtype: torch.dtype = torch.bfloat16,
+    count: int = 1,
+) -> int:
+    """Multiplications and additions that the Triton path spends on one matrix (rows, columns) of a bank of `count`.
+
+    Symmetric products count with all of the tiles that are computed, which are larger in large banks. Normalisation
+    does not count. The reference spends steps · (4n²m + 2n³).
+    """
     n, m = sorted((rows, columns))
-    return steps * (4 * n * n * m + 2 * n**3)
+
+    def symmetric(inner: int) -> int:
+        tile = tile_side(count, n, inner, dtype)
+        return 2 * _tiles(n, tile) * tile * tile * inner
+
+    _, segments = schedule(rows, columns, dtype, step_coefficients(coefficients, steps))
+    # A segment of k steps: the Gram matrix, 4k - 3 products of symmetric matrices, and their result times X.
+    return sum(symmetric(m) + (4 * k - 3) * symmetric(n) + 2 * n * n * m for k in segments)
 
 
-def step_coefficients(coefficients: Coefficients, steps: int) -> tuple[tuple[float, float, float], ...]:
+def tile_side(count: int, size: int, inner: int, dtype: torch.dtype) -> int:
+    """Side of the tiles of a symmetric product (count, size, inner) in the Triton path.
+
+    Small where large ones leave half of the multiprocessors idle, or any of them in a product that is over soon.
+    """
+    if dtype.itemsize > 2:
+        return SMALL_TILE
+    large = count * _tiles(size, LARGE_TILE)
+    idle = 2 * large <= MULTIPROCESSORS or (large <= MULTIPROCESSORS and inner <= SHORT)
+    return SMALL_TILE if idle else LARGE_TILE
+
+
+def _tiles(size: int, tile: int) -> int:
+    side = -(-size // tile)
+    return side * (side + 1) // 2
+
+
+def step_coefficients(coefficients: Coefficients, steps: int) -> tuple[Polynomial, ...]:
     """The (a, b, c) of every step, for a name and a number of steps or for a list."""
     if not isinstance(coefficients, str):
         return _checked(coefficients)
-    checks.choice("coefficients", coefficients, ("polar_express", "quintic"))
+    checks.choice("coefficients", coefficients, COEFFICIENTS)
     checks.integer("steps", steps, 1, 100)
     if coefficients == "quintic":
         return (QUINTIC,) * steps
+    if coefficients == "aol":
+        return AOL
     s = SAFETY_FACTOR
     scaled = tuple((a / s, b / s**3, c / s**5) for a, b, c in POLAR_EXPRESS[:steps])
     return scaled + (POLAR_EXPRESS_FIXED_POINT,) * (steps - len(scaled))
 
 
-def _checked(coefficients: Sequence[tuple[float, float, float]]) -> tuple[tuple[float, float, float], ...]:
+@lru_cache
+def schedule(
+    rows: int, columns: int, dtype: torch.dtype, polynomials: tuple[Polynomial, ...]
+) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The dtype in which the Triton path iterates, and how many steps (1 or 2) it takes on each Gram matrix."""
+    singles = (1,) * len(polynomials)
+    gains = _gains(polynomials)
+    if dtype != torch.bfloat16 or gains is None:
+        return dtype, singles
+    if max(rows, columns) < 2 * min(rows, columns):
+        return torch.float16, singles
+    segments = []
+    step = 0
+    while step < len(gains):
+        segments.append(2 if math.prod(gains[step : step + 2]) <= LARGEST_PAIR_GAIN and step + 1 < len(gains) else 1)
+        step += segments[-1]
+    return torch.float16, tuple(segments)
+
+
+def _gains(polynomials: tuple[Polynomial, ...]) -> list[float] | None:
+    """The largest factor of a singular value in each step, or None where float16 might be too narrow."""
+    gains, top = [], 1.0
+    for a, b, c in polynomials:
+        values = [top * i / 256 for i in range(257)]
+        factors = [abs(a + b * s**2 + c * s**4) for s in values]
+        gains.append(max(factors))
+        top = max(1.0, *(factor * s for factor, s in zip(factors, values, strict=True)))
+        if gains[-1] > LARGEST_GAIN or top > LARGEST_VALUE:
+            return None
+    return gains
+
+
+# The operations that the compiler sees. They take the backend as an argument: the choice is made where they are traced.
+# `polynomials` are a, b, c of the first step, then of the second, ...
+
+
+@torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
+def _orthogonalized(bank: Tensor, polynomials: Sequence[float], normalize: str, backend: str) -> Tensor:
+    result = _computed(bank, polynomials, normalize, backend)
+    if result.dtype == bank.dtype and result.is_contiguous():
+        return result
+    return bank.new_empty(bank.shape).copy_(result)
+
+
+@_orthogonalized.register_fake
+def _(bank: Tensor, polynomials: Sequence[float], normalize: str, backend: str) -> Tensor:
+    return bank.new_empty(bank.shape)
+
+
+@torch.library.custom_op("pgolf::newton_schulz_into", mutates_args=("out",))
+def _orthogonalized_into(out: Tensor, bank: Tensor, polynomials: Sequence[float], normalize: str, backend: str) -> None:
+    out.copy_(_computed(bank, polynomials, normalize, backend))
+
+
+@_orthogonalized_into.register_fake
+def _(out: Tensor, bank: Tensor, polynomials: Sequence[float], normalize: str, backend: str) -> None:
+    pass
+
+
+def _computed(bank: Tensor, polynomials: Sequence[float], normalize: str, backend: str) -> Tensor:
+    """The result in new memory, of any float dtype and strides."""
+    _check(bank, normalize)  # again: the operations can be called without the public function
+    bank = bank.detach()
+    triples = tuple(zip(polynomials[::3], polynomials[1::3], polynomials[2::3], strict=True))
+    if backend == "triton" and bank.dtype != torch.float64 and bank.numel():
+        return _by_kernels(bank.view(-1, *bank.shape[-2:]), triples, normalize).view(bank.shape)
+    return newton_schulz_reference(bank, triples, normalize)
+
+
+def _by_kernels(bank: Tensor, polynomials: tuple[Polynomial, ...], normalize: str) -> Tensor:
+    from pgolf.triton_kernels.newton_schulz import normalized, symmetric_product  # triton is not on every machine
+
+    def tiled(left: Tensor, right: Tensor, **rest) -> Tensor:
+        count, size, inner = left.shape
+        return symmetric_product(left, right, tile=tile_side(count, size, inner, left.dtype), **rest)
+
+    _, rows, columns = bank.shape
+    dtype, segments = schedule(rows, columns, bank.dtype, polynomials)
+    # AOL divides by itself; what it is given must be exact, and within the range of float16 down to small rows.
+    x = normalized(bank, dtype, "power of two" if normalize == "aol" else normalize)
+    if normalize == "aol":
+        _scale_aol(x, tiled)
+    x = iterate(x, polynomials, segments, tiled, wide_bits=dtype != bank.dtype)
+    return x[:, :rows, :columns]
+
+
+def iterate(
+    x: Tensor,
+    polynomials: Sequence[Polynomial],
+    segments: Sequence[int],
+    symmetric_product: Callable[..., Tensor],
+    wide_bits: bool,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.bmm,
+) -> Tensor:
+    """The steps on x (B, M, N), normalised; `segments` says how many are taken on each Gram matrix.
+
+    `wide_bits`: x has bits to spare, so a times the identity may be rounded together with the rest of Z; otherwise a x
+    is added in float32. Products come from `symmetric_product` and `product`.
+    """
+    tall = x.shape[1] > x.shape[2]
+    begin = 0
+    for length in segments:
+        steps = polynomials[begin : begin + length]
+        begin += length
+        short_first = x.mT if tall else x
+        gram = symmetric_product(short_first, short_first)
+        if wide_bits:
+            q = _gathered(gram, steps, symmetric_product)
+            x = product(x, q) if tall else product(q, x)
+        else:
+            ((a, b, c),) = steps
+            y = symmetric_product(gram, gram, alpha=c, beta=b, plus=gram)
+            x = torch.baddbmm(x, *((x, y) if tall else (y, x)), beta=a)
+    return x
+
+
+def _gathered(gram: Tensor, steps: Sequence[Polynomial], symmetric_product: Callable[..., Tensor]) -> Tensor:
+    """Q with Q X the result of one or two steps; gram (B, n, n) is X Xᵀ."""
+
+    def polynomial(gram: Tensor, step: Polynomial) -> Tensor:
+        a, b, c = step
+        return symmetric_product(gram, gram, alpha=c, beta=b, plus=gram, gamma=a)
+
+    q = polynomial(gram, steps[0])
+    if len(steps) == 2:
+        gram = symmetric_product(q, symmetric_product(gram, q))
+        q = symmetric_product(q, polynomial(gram, steps[1]))
+    return q
+
+
+def _scale_aol(x: Tensor, symmetric_product: Callable[..., Tensor]) -> None:
+    """Rescale the short side of x (B, M, N) in place."""
+    tall = x.shape[1] > x.shape[2]
+    short_first = x.mT if tall else x
+    scale = _aol_scale(symmetric_product(short_first, short_first, dtype=torch.float32))
+    x.mul_(scale.mT if tall else scale)
+    # The Gram matrix is not rescaled with x for the first step: that of the rounded x makes up for its rounding.
+
+
+def _aol_scale(gram: Tensor) -> Tensor:
+    """(Σ_j |G|_ij)^(-1/2) as (B, n, 1)."""
+    sums = torch.linalg.vector_norm(gram, 1, dim=-1, keepdim=True)
+    return sums.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()  # of a row of zeros the factor is finite
+
+
+def _normalized(x: Tensor, normalize: str) -> Tensor:
+    """x (B, M, N) with no singular value above 1."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if normalize == "row":
+        wide = _unit(wide, (-1,))
+    wide = _unit(wide, (-2, -1))
+    if normalize == "aol":
+        tall = x.shape[1] > x.shape[2]
+        scale = _aol_scale(wide.mT @ wide if tall else wide @ wide.mT)
+        wide = wide * (scale.mT if tall else scale)
+    return wide.to(x.dtype)
+
+
+def _unit(x: Tensor, over: tuple[int, ...]) -> Tensor:
+    """x divided by its norm over some dimensions."""
+    x = x / x.abs().amax(dim=over, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = x.square().sum(dim=over, keepdim=True).sqrt()
+    return x / norm.clamp_min(1.0)  # the norm is at least 1 unless all is zero
+
+
+def _check(bank: Tensor, normalize: str) -> None:
+    checks.tensor("bank", bank, checks.FLOATS)
+    if bank.ndim not in (2, 3):
+        raise ValueError(f"bank: shape {tuple(bank.shape)} is not accepted; expected (M, N) or (B, M, N)")
+    checks.choice("normalize", normalize, NORMALIZATIONS)
+
+
+def _checked(coefficients: Sequence[Polynomial]) -> tuple[Polynomial, ...]:
     if not isinstance(coefficients, (list, tuple)):
         raise TypeError(f"coefficients: expected a name or a list of (a, b, c), got {type(coefficients).__name__}")
     if not coefficients:
@@ -127,12 +384,3 @@ def _checked(coefficients: Sequence[tuple[float, float, float]]) -> tuple[tuple[
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
                 raise ValueError(f"coefficients[{step}]: {number!r} is not accepted; expected a finite number")
     return tuple((float(a), float(b), float(c)) for a, b, c in coefficients)
-
-
-def _frobenius_normalized(x: Tensor) -> Tensor:
-    """x / ‖x‖_F for each matrix, x (B, n, m)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)  # (B, 1, 1)
-    wide = wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)
-    norm = wide.square().sum(dim=(-2, -1), keepdim=True).sqrt()
-    return (wide / norm.clamp_min(1.0)).to(x.dtype)  # the norm is at least 1 unless the matrix is zero

@@ -25,7 +25,9 @@ def test_no_spills_on_sm_90(variant):
     assert variant.flops > 0
     if variant.name.startswith("unpack_dequantize"):
         assert found.wide_store_instructions > 0, "eight bfloat16 results leave in one access"
-    if variant.name.startswith("leaky_relu2_mlp"):
+    if variant.name.startswith("leaky_relu2_mlp") or (
+        variant.name.startswith("newton_schulz") and "tiles" in variant.name
+    ):
         assert found.tma_instructions > 0
         assert (found.wgmma_instructions > 0) == ("fp32" not in variant.name), "float32 keeps all its bits"
 
