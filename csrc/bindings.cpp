@@ -35,9 +35,9 @@ int check_threads(int64_t threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1024));
 }
 
-void pack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, int64_t threads) {
+bool pack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, bool is_signed, int64_t threads) {
   check(src, dst, count, bits);
-  pgolf::pack_bits(source(src), target(dst), count, static_cast<int>(bits), check_threads(threads));
+  return pgolf::pack_bits(source(src), target(dst), count, static_cast<int>(bits), is_signed, check_threads(threads));
 }
 
 void unpack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, bool is_signed, int64_t threads) {
@@ -154,8 +154,10 @@ PYBIND11_MODULE(_native, module) {
   using namespace py::literals;
   module.doc() = "C++ and CUDA operations on raw addresses; use pgolf.ops, which checks its tensors first.";
 
-  module.def("pack_bits", &pack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "threads"_a = 1, Unlocked(),
-             "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`.");
+  module.def("pack_bits", &pack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a = true,
+             "threads"_a = 1, Unlocked(),
+             "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`; False when "
+             "a value does not fit.");
   module.def("unpack_bits", &unpack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "threads"_a = 1,
              Unlocked(), "The inverse of pack_bits: `count` bytes at `dst`, sign-extended when `signed`.");
   module.def("factor_size", [](int64_t n) { return pgolf::factor_size(n); }, "n"_a, "Floats of a factor of n columns.");

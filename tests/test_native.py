@@ -49,7 +49,9 @@ class Guarded:
 def pack(values: np.ndarray, bits: int, threads: int = 1, offset: int = 0) -> np.ndarray:
     source, target = Guarded(len(values), offset), Guarded(packed_size(len(values), bits), offset)
     source.bytes[:] = values.view(np.uint8)
-    native.pack_bits(source.address, target.address, len(values), bits, threads)
+    fits = native.pack_bits(source.address, target.address, len(values), bits, values.dtype == np.int8, threads)
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if values.dtype == np.int8 else (0, (1 << bits) - 1)
+    assert fits is bool(((values >= low) & (values <= high)).all())
     assert (source.taken() == values.view(np.uint8)).all()
     return target.taken()
 
@@ -133,8 +135,25 @@ def test_the_layout_is_the_documented_one(level):
     assert pack(np.array([-1, 0, -32, 31], np.int8), 6).tolist() == [0b00111111, 0b00000000, 0b01111110]
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_one_value_that_does_not_fit_is_seen_wherever_it_is(level, bits, signed, random):
+    dtype, half = (np.int8, 1 << (bits - 1)) if signed else (np.uint8, 0)
+    low, high = -half, (1 << bits) - 1 - half
+    outside = [value for value in (low - 1, high + 1, -128, 127, 255) if not low <= value <= high]
+    outside = [value for value in outside if np.iinfo(dtype).min <= value <= np.iinfo(dtype).max]
+    for count, threads in ((1, 1), (150, 1), (600_000, 2)):
+        values = random.integers(low, high, count, dtype=dtype, endpoint=True)
+        for at in {0, count - 1, *random.integers(0, count, 2 if count > 1000 else 12).tolist()}:
+            kept = values[at]
+            values[at] = random.choice(outside)
+            pack(values, bits, threads)
+            values[at] = kept
+        pack(values, bits, threads)
+
+
 def test_nothing_at_no_address_is_fine(level):
-    assert native.pack_bits(0, 0, 0, 6) is None
+    assert native.pack_bits(0, 0, 0, 6) is True
     assert native.unpack_bits(0, 0, 0, 6, True) is None
 
 
@@ -154,8 +173,7 @@ def test_nothing_at_no_address_is_fine(level):
 def test_wrong_arguments_are_named(name, change, message):
     source, target = Guarded(16), Guarded(16)
     arguments = {"src": source.address, "dst": target.address, "count": 8, "bits": 6, "threads": 1, **change}
-    if name == "unpack_bits":
-        arguments["signed"] = True
+    arguments["signed"] = True
     with pytest.raises(ValueError) as caught:
         getattr(native, name)(**arguments)
     assert str(caught.value) == message
