@@ -8,6 +8,7 @@
 #include "build_info.h"
 #include "cpu_features.h"
 #include "gptq.h"
+#include "gptq_refine.h"
 #include "pack_bits.h"
 
 namespace py = pybind11;
@@ -96,6 +97,22 @@ void round_columns(uintptr_t weight, uintptr_t order, uintptr_t factors, uintptr
                        check_threads(threads));
 }
 
+void refine(uintptr_t weight, uintptr_t hessians, uintptr_t values, uintptr_t scale, int64_t count, int64_t rows,
+            int64_t n, int64_t limit, int64_t sweeps, int64_t refits, int64_t threads) {
+  require(count >= 0, "count", count, "0 or more");
+  require(rows >= 0, "rows", rows, "0 or more");
+  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  check_limit(limit);
+  require(sweeps >= 0 && sweeps <= 1 << 20, "sweeps", sweeps, "0 to 1048576");
+  require(refits >= 0 && refits <= 1 << 20, "refits", refits, "0 to 1048576");
+  const bool there = weight != 0 && hessians != 0 && values != 0 && scale != 0;
+  require(there || count * rows == 0, "weight, hessians, values or scale", 0, "an address");
+  pgolf::refine({pointer<const float>(weight), pointer<const float>(hessians), pointer<int8_t>(values),
+                 pointer<float>(scale), count, rows, n, static_cast<int>(limit), static_cast<int>(sweeps),
+                 static_cast<int>(refits)},
+                check_threads(threads));
+}
+
 #if PGOLF_CUDA
 void throw_if_any(const std::string& problem) {
   if (!problem.empty()) throw std::runtime_error("CUDA: " + problem);
@@ -170,6 +187,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("round_columns", &round_columns, "weight"_a, "order"_a, "factors"_a, "scale"_a, "values"_a, "count"_a,
              "rows"_a, "n"_a, "limit"_a, "threads"_a = 1, Unlocked(),
              "GPTQ's rounded values of a bank of float32 matrices, given the strips of factor_hessians.");
+  module.def("refine", &refine, "weight"_a, "hessians"_a, "values"_a, "scale"_a, "count"_a, "rows"_a, "n"_a, "limit"_a,
+             "sweeps"_a, "refits"_a, "threads"_a = 1, Unlocked(),
+             "Coordinate descent on `values` and `scale` (float32), both in place.");
 #if PGOLF_CUDA
   module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
              "pack_bits on device addresses of the current CUDA device, queued on `stream`.");

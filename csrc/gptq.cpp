@@ -1,58 +1,12 @@
 #include "gptq.h"
 
-#include <algorithm>
-#include <cstring>
-#include <limits>
-
-#include "cpu_features.h"
 #include "threads.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define PGOLF_X86 1
-#endif
+#define PGOLF_LOOPS "gptq_lanes.h"
+#include "each_level.h"
 
 namespace pgolf {
 namespace {
-
-#define PGOLF_TARGET
-namespace portable {
-typedef float Vec __attribute__((vector_size(16)));
-constexpr int tile_vecs = 2, tile_columns = 4;
-inline Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
-#include "gptq_lanes.h"
-}  // namespace portable
-#undef PGOLF_TARGET
-
-#if PGOLF_X86
-#define PGOLF_TARGET __attribute__((target("avx2,fma")))
-namespace avx2 {
-using Vec = __m256;
-constexpr int tile_vecs = 2, tile_columns = 4;
-PGOLF_TARGET inline Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-#include "gptq_lanes.h"
-}  // namespace avx2
-#undef PGOLF_TARGET
-
-#define PGOLF_TARGET __attribute__((target("avx512f,avx512bw,fma")))
-namespace avx512 {
-using Vec = __m512;
-constexpr int tile_vecs = 2, tile_columns = 8;
-PGOLF_TARGET inline Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-#include "gptq_lanes.h"
-}  // namespace avx512
-#undef PGOLF_TARGET
-#endif
-
-// Calls work(loops of the level in use).
-#if PGOLF_X86
-#define PGOLF_AT_LEVEL(call)                                \
-  (level() == Level::avx512vbmi ? avx512::call              \
-   : level() >= Level::avx2     ? avx2::call                \
-                                : portable::call)
-#else
-#define PGOLF_AT_LEVEL(call) portable::call
-#endif
 
 // The rows of one strip of the ordered Hessian, with its diagonal; identity where there is no row.
 void gather_strip(const float* h, const int64_t* order, const float* diagonal, int64_t n, int64_t r, float* strip) {

@@ -79,7 +79,7 @@ def gptq(
     _check(weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
     arguments = (weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
     chosen = backends.choose("gptq", weight.device.type)
-    if chosen == "reference" or _work_dtype(weight, hessian) == torch.float64 or weight.numel() == 0:
+    if chosen == "reference" or work_dtype(weight, hessian) == torch.float64 or weight.numel() == 0:
         return gptq_reference(*arguments)
     return _gptq_on_cuda(*arguments) if weight.is_cuda else _gptq_on_cpu(*arguments)
 
@@ -97,16 +97,16 @@ def gptq_reference(
     """The definition in plain PyTorch; arguments as for `gptq`."""
     if weight.numel() == 0:
         return torch.zeros_like(weight, dtype=torch.int8), weight.new_zeros(weight.shape[:-1], dtype=torch.float16)
-    dtype = _work_dtype(weight, hessian)
+    dtype = work_dtype(weight, hessian)
     bank = weight.to(dtype).reshape(-1, *weight.shape[-2:])  # (B, M, N)
     limit = 2 ** (bits - 1) - 1
     scale = row_scale(bank, clip_sigmas, limit)  # (B, M) float16
     h = hessian.to(dtype).expand(len(bank), *hessian.shape[-2:])
-    _refuse_flaws(_flaws(h))
+    refuse_flaws(flaws_of(h))
     order = _order(h, act_order)
     factor = _factor(h, order, damping)
     work = _factored_order(bank, order)
-    with _products_in_full(bank):
+    with products_in_full(bank):
         rounded = round_columns(work, factor, scale.to(dtype), limit, block_size)
     return _as_given(rounded, order).reshape(weight.shape), scale.reshape(weight.shape[:-1])
 
@@ -141,7 +141,7 @@ def _gptq_on_cpu(
     if len(h) < len(bank):  # one Hessian for all: one matrix with the rows of all
         rows *= len(bank)
     shape = (len(h), columns)
-    _refuse_flaws(native.check_hessians(h.data_ptr(), *shape, LOPSIDED, threads))
+    refuse_flaws(native.check_hessians(h.data_ptr(), *shape, LOPSIDED, threads))
     order = _order(h, act_order)
     factors = h.new_empty(len(h), native.factor_size(columns))
 
@@ -166,11 +166,11 @@ def _gptq_on_cuda(
     scale = row_scale(bank, clip_sigmas, limit)  # (B, M) float16
     h = hessian.float().reshape(-1, *hessian.shape[-2:])
     grouped = bank.reshape(len(h), -1, bank.shape[-1])  # one Hessian for all: one matrix with the rows of all
-    _refuse_flaws(_flaws(h))
+    refuse_flaws(flaws_of(h))
     order = _order(h, act_order)
     factor = _factor(h, order, damping).contiguous()
     work = _factored_order(grouped, order)
-    with _products_in_full(bank):
+    with products_in_full(bank):
         rounded = _round_columns_on_cuda(work, factor, scale.float().reshape(len(h), -1), limit, block_size)
     return _as_given(rounded, order).reshape(weight.shape), scale.reshape(weight.shape[:-1])
 
@@ -205,7 +205,7 @@ def row_scale(bank: Tensor, clip_sigmas: float, limit: int) -> Tensor:
     scale = scale.to(torch.float16).clamp_min(SMALLEST_SCALE).reshape(bank.shape[:-1])
     wrong = ~torch.isfinite(scale)
     if wrong.any():
-        _refuse(~torch.isfinite(bank).flatten(1).all(dim=1), "weight", "holds NaN or infinity")
+        refuse(~torch.isfinite(bank).flatten(1).all(dim=1), "weight", "holds NaN or infinity")
         matrix = int(wrong.any(dim=-1).nonzero()[0])
         raise ValueError(f"weight: a row of matrix {matrix} needs a scale above 65504, the largest float16")
     return scale
@@ -271,7 +271,7 @@ def _with_enough_damping(diagonal: Tensor, damping: float, attempt: Callable[[Te
 
 
 @contextlib.contextmanager
-def _products_in_full(bank: Tensor) -> Iterator[None]:
+def products_in_full(bank: Tensor) -> Iterator[None]:
     """Matrix products in float32, not in TF32, which would cost the values three digits."""
     before = torch.get_float32_matmul_precision()
     if bank.is_cuda:
@@ -283,7 +283,7 @@ def _products_in_full(bank: Tensor) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _work_dtype(weight: Tensor, hessian: Tensor) -> torch.dtype:
+def work_dtype(weight: Tensor, hessian: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)
 
 
@@ -311,7 +311,7 @@ def _check(
         raise TypeError(f"act_order: expected a bool, got {type(act_order).__name__}")
 
 
-def _flaws(hessian: Tensor) -> list[int]:
+def flaws_of(hessian: Tensor) -> list[int]:
     """For each matrix of (B, N, N) the sum of its FLAWS."""
     largest = hessian.abs().amax(dim=(-2, -1))
     wrong = {
@@ -322,11 +322,11 @@ def _flaws(hessian: Tensor) -> list[int]:
     return sum(flaw * bad.int() for flaw, bad in wrong.items()).tolist()  # type: ignore[union-attr]
 
 
-def _refuse_flaws(flaws: list[int]) -> None:
+def refuse_flaws(flaws: list[int]) -> None:
     for flaw, problem in FLAWS.items():
-        _refuse(torch.tensor(flaws) & flaw != 0, "hessian", problem)
+        refuse(torch.tensor(flaws) & flaw != 0, "hessian", problem)
 
 
-def _refuse(bad: Tensor, name: str, problem: str) -> None:
+def refuse(bad: Tensor, name: str, problem: str) -> None:
     if bad.any():
         raise ValueError(f"{name}: matrix {int(bad.nonzero()[0])} {problem}")
