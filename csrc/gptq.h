@@ -2,8 +2,8 @@
 // The mathematics is told in pgolf/ops/gptq.py.
 //
 // A factor is lower triangular with ones on its diagonal, and stored in strips: strip r holds rows [32 r, 32 r + 32) as
-// [column][row of the strip], for the columns 0 to 32 r + 31. Rows and columns past n are those of the identity; what
-// lies above the diagonal is unspecified. A strip is what both loops here read 32 rows at a time, one behind the other.
+// [column][row of the strip], for the columns 0 to 32 r + 31. Rows and columns past n are those of the identity. What lies
+// above the diagonal is unspecified, the ones on it are rounded; neither is read. A strip is what both loops here read 32 rows at a time, one behind the other.
 //
 // Results depend on the level of the CPU by rounding only (fused multiply-add at avx2 and above, the same bits there),
 // and on nothing else: not on the number of threads, nor on the other matrices of the bank.

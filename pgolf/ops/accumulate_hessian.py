@@ -5,9 +5,9 @@
 Shapes and dtypes: hessian float32 (N, N), in place, symmetric when it comes; x (..., N), floating. What is added is
 symmetric to the bit: the lower triangle is computed and copied to the upper, so a symmetric H stays symmetric. float16
 and bfloat16 inputs are multiplied exactly and added in float32, on CUDA by the tensor cores. All of it is products by
-PyTorch, on every device, so there is no choice of a backend. Not differentiable. Cost:
-T N² FLOPs and up for T rows (a triangle, in blocks), 2 T N bytes of bfloat16 read. float64 inputs are rounded to float32.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape that does not fit or tensors on two devices. NaN and
+PyTorch, on every device, so there is no choice of a backend. Not differentiable. Cost: on a CPU T N (N + 128) FLOPs for T
+rows (a triangle, in blocks), on CUDA 2 T N² for one product; 2 T N bytes of bfloat16 read. float64 inputs are rounded to
+float32. Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape that does not fit or tensors on two devices. NaN and
 infinity are added as they come; `gptq` refuses them.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from pgolf.ops import checks
 from pgolf.ops.gptq import products_in_full
 
-BLOCK_COLUMNS = 256  # of the triangle, on a CPU
+BLOCK_COLUMNS = 128  # of the triangle, on a CPU
 ROWS_AT_ONCE = 4096  # converted to float32 at a time, on a CPU
 
 
@@ -44,9 +44,9 @@ def accumulate_hessian_reference(hessian: Tensor, x: Tensor) -> Tensor:
 @torch.library.custom_op("pgolf::accumulate_hessian", mutates_args=("hessian",))
 def _accumulate_hessian(hessian: Tensor, x: Tensor) -> None:
     _check(hessian, x)  # again: this operation can be called without the public function
-    flat = x.detach().reshape(-1, x.shape[-1])
-    if flat.numel() == 0:
+    if x.numel() == 0:
         return
+    flat = x.detach().reshape(-1, x.shape[-1])
     if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
         product = torch.mm(flat.mT, flat, out_dtype=torch.float32)
         hessian += product.tril() + product.tril(-1).mT

@@ -32,7 +32,7 @@ def pack():
 def test_available_names_every_operation_and_backend():
     table = ops.available()
     assert set(table) == {
-        "gptq", "leaky_relu2_mlp", "linear_softcapped_cross_entropy", "newton_schulz", "pack_bits",
+        "gptq", "gptq_refine", "leaky_relu2_mlp", "linear_softcapped_cross_entropy", "newton_schulz", "pack_bits",
         "softcapped_cross_entropy", "unpack_bits", "unpack_dequantize",
     }  # fmt: skip
     for op, row in table.items():
