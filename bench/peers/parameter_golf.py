@@ -2,8 +2,8 @@
 
 From `train_gpt.py`: its Newton-Schulz iteration, one matrix at a time in bfloat16. From `RECORD`: the feed-forward
 block of PR #1530 (one Triton kernel for the up-projection and for the gradient; pre- and post-activation are both
-stored) and the soft-capped cross-entropy of PR #1787. Both need CUDA; the former is bfloat16 with slope 0.5 only. And its
-GPTQ, which is for a CPU, one matrix at a time.
+stored) and the soft-capped cross-entropy of PR #1787. Both need CUDA; the former is bfloat16 with slope 0.5 only. And
+its GPTQ, which is for a CPU, one matrix at a time.
 """
 
 from collections.abc import Callable

@@ -3,12 +3,12 @@
     H_ij += Σ_t x_ti x_tj    over the rows x_t of x, in float32
 
 Shapes and dtypes: hessian float32 (N, N), in place, symmetric when it comes; x (..., N), floating. What is added is
-symmetric to the bit: the lower triangle is computed and copied to the upper, so a symmetric H stays symmetric. float16
-and bfloat16 inputs are multiplied exactly and added in float32, on CUDA by the tensor cores. All of it is products by
-PyTorch, on every device, so there is no choice of a backend. Not differentiable. Cost: on a CPU T N (N + 128) FLOPs for T
-rows (a triangle, in blocks), on CUDA 2 T N² for one product; 2 T N bytes of bfloat16 read. float64 inputs are rounded to
-float32. Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape that does not fit or tensors on two devices. NaN and
-infinity are added as they come; `gptq` refuses them.
+symmetric to the bit: the lower triangle is computed and copied to the upper, so a symmetric H stays symmetric.
+float16 and bfloat16 inputs are multiplied exactly and added in float32, on CUDA by the tensor cores. All of it is
+products by PyTorch, on every device, so there is no choice of a backend. Not differentiable. Cost: on a CPU T N (N +
+128) FLOPs for T rows (a triangle, in blocks), on CUDA 2 T N² for one product; 2 T N bytes of bfloat16 read. float64
+inputs are rounded to float32. Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape that does not
+fit or tensors on two devices. NaN and infinity are added as they come; `gptq` refuses them.
 """
 
 import torch

@@ -6,23 +6,24 @@ row, the loss is tr((W - Q) H (W - Q)ᵀ) with Q = s·q:
     s_r = clip_sigmas · std(W_r) / qmax, rounded to float16;    qmax = 2^(bits-1) - 1
     H  ← H + damping · mean(diag H) · I, columns in ascending order of diag H (act_order), else the last first
     H  = V D Vᵀ, V lower triangular with ones on its diagonal, D diagonal
-    for each column k, the last first:  w_k = W_k + Σ_{j>k} (W_j - s q_j) V_jk;   q_k = clamp(round(w_k / s), -qmax, qmax)
+    for each column k, the last first:  w_k = W_k + Σ_{j>k} (W_j - s q_j) V_jk;  q_k = clamp(round(w_k / s), ±qmax)
 
 The loss is Σ_k D_k |e_k|² with e = (W - Q) V, of which w_k - s q_k is column k: each q_k is the best there is, given
-those before it. Taking the last column first is what needs one factorisation only; GPTQ as published wants the factor of
-H⁻¹, which is V⁻¹ in the opposite order, and gives the same values. Rounding is half to even. Columns are taken a block
-at a time: inside a block the sum is kept column by column, the columns behind it get one matrix product a block.
+those before it. Taking the last column first is what needs one factorisation only; GPTQ as published wants the factor
+of H⁻¹, which is V⁻¹ in the opposite order, and gives the same values. Rounding is half to even. Columns are taken a
+block at a time: inside a block the sum is kept column by column, the columns behind it get one matrix product a
+block.
 
 Shapes and dtypes: weight (M, N) or bank (B, M, N), hessian (N, N), or (B, N, N) for a bank; floating. Work is done in
 float32, in float64 (by the definition, on every backend) if weight or hessian is float64. Result: values int8 like
 weight, scale float16 (M,) or (B, M). Cost a matrix: N³/3 FLOPs to factor, M N² for the sums, both once; 4 (M + 1.5 N) N
 bytes read at least. Each matrix of a bank gives what it gives alone.
 
-Backends round differently in the last bit of the sums: values may differ from the definition's where w_k / s lies within
-such an error of a tie, and then in later columns of that row. On the CPU the native values depend neither on the
-number of threads nor on block_size, and the sums use fused multiply-add where the CPU has it; a Hessian that is shared
-by a bank is factored once. On CUDA one launch a block rounds every row of every matrix, 128 columns at most, and PyTorch
-does the factorisation and the products, in full float32.
+Backends round differently in the last bit of the sums: values may differ from the definition's where w_k / s lies
+within such an error of a tie, and then in later columns of that row. On the CPU the native values depend neither on
+the number of threads nor on block_size, and the sums use fused multiply-add where the CPU has it; a Hessian that is
+shared by a bank is factored once. On CUDA one launch a block rounds every row of every matrix, 128 columns at most,
+and PyTorch does the factorisation and the products, in full float32.
 
 What happens at the edges
 - A dead column (zero on the diagonal of H) is rounded to nearest and pushes nothing.

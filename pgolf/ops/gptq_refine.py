@@ -2,20 +2,20 @@
 
 For weights W (M, N), second moments H (N, N), values q and a scale s a row, Q = s·q and R = (W - Q) H:
 
-    sweep   for each column j:  t = R_j / (s H_jj);   δ = clamp(round(t), -qmax - q_j, qmax - q_j) where |t| > 0.501, else 0
+    sweep   for each column j:  t = R_j / (s H_jj);   where |t| > 0.501:  δ = clamp(round(t), ±qmax - q_j)
                                 q_j += δ;   R -= δ s H_j
     refit   s' = (q H wᵀ) / (q H qᵀ), rounded to float16;   kept where it is closer to the quotient than s was
 
-The loss tr((W - Q) H (W - Q)ᵀ) falls by s² H_jj δ (2t - δ) with each move and never rises: t between 0.5 and 0.501 is left,
-where the move gains nothing and rounding errors decide. At most `sweeps` sweeps, a refit, again for `refits` times, and
-`sweeps` sweeps at the end; a row is done when a sweep and a refit change nothing. GPTQ decides a column by what came
-before it, this by everything: the two find different optima, and the second starts from the first.
+The loss tr((W - Q) H (W - Q)ᵀ) falls by s² H_jj δ (2t - δ) with each move and never rises: t between 0.5 and 0.501 is
+left, where the move gains nothing and rounding errors decide. At most `sweeps` sweeps, a refit, again for `refits`
+times, and `sweeps` sweeps at the end; a row is done when a sweep and a refit change nothing. GPTQ decides a column by
+what came before it, this by everything: the second starts where the first ends.
 
-Shapes and dtypes as for `gptq`; no damping is added, so the loss that falls is that under the hessian given. Work is done
-in float32, in float64 (by the definition) if weight or hessian is float64. Cost a matrix: 2 M N² FLOPs for each of R and
-W H (the latter only for a refit), N for each value that moves. Dead columns stay as they are. No result depends on the
-number of threads. Errors: `ValueError` for NaN, infinity, a negative diagonal or a lopsided hessian, for values beyond
-±qmax and scales that are not positive.
+Shapes and dtypes as for `gptq`; no damping is added, so the loss that falls is that under the hessian given. Work is
+done in float32, in float64 (by the definition) if weight or hessian is float64. Cost a matrix: 2 M N² FLOPs for each
+of R and W H (the latter only for a refit), N for each value that moves. Dead columns stay as they are. No result
+depends on the number of threads. Errors: `ValueError` for NaN, infinity, a negative diagonal or a lopsided hessian,
+for values beyond ±qmax and scales that are not positive.
 """
 
 import torch
@@ -121,9 +121,7 @@ def _refine_on_cpu(
     return refined, fitted.to(torch.float16)
 
 
-def _check(
-    weight: Tensor, hessian: Tensor, values: Tensor, scale: Tensor, bits: int, sweeps: int, refits: int
-) -> None:
+def _check(weight: Tensor, hessian: Tensor, values: Tensor, scale: Tensor, bits: int, sweeps: int, refits: int) -> None:
     checks.tensor("weight", weight, checks.FLOATS)
     checks.tensor("hessian", hessian, checks.FLOATS)
     checks.tensor("values", values, (torch.int8,))

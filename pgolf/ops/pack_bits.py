@@ -10,8 +10,8 @@ zero and not looked at when reading.
 
 Shapes and dtypes: values int8 (-2^(bits-1)..2^(bits-1)-1) or uint8 (0..2^bits-1) of any shape and strides, read in
 row-major order; packed uint8 (ceil(n·bits/8),). Not differentiable. Exact: every backend gives the same bytes.
-Least traffic: n + ceil(n·bits/8) bytes each way; on CUDA one read of n bytes more, for the check of the range, which the
-CPU's kernel does as it packs; 0 FLOPs.
+Least traffic: n + ceil(n·bits/8) bytes each way; on CUDA one read of n bytes more, for the check of the range, which
+the CPU's kernel does as it packs; 0 FLOPs.
 Errors: `TypeError` for a wrong type or dtype; `ValueError` for bits outside 1..8, a value out of range, a packed size
 that does not fit the shape, or a shape with a negative size. No values are changed by them and no stream is returned.
 """

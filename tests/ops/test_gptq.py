@@ -244,9 +244,10 @@ def test_real_matrices_reach_the_loss_of_the_records_code(name, published):
     assert loss(weight, values, scale, hessian) == pytest.approx(published, rel=1e-3)
 
 
-# The native code. Sums are taken in another order than the definition's, so a value may differ where the number that is
-# rounded lies within a rounding error of a tie, and what follows in its row may then differ by anything. What is held is
-# that each value is right given those before it, that rows without a near tie are equal, and that the loss is.
+# The native code. Sums are taken in another order than the definition's, so a value may differ where the number that
+# is rounded lies within a rounding error of a tie, and what follows in its row may then differ by anything. What is
+# held is that each value is right given those before it, that rows without a near tie are equal, and that the loss
+# is.
 
 NEAR_A_TIE = 1e-4  # in units of the scale
 STRIP = 32

@@ -185,7 +185,12 @@ def test_wrong_arguments_are_named(arguments, keywords, error, message):
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real weights in ../shared/data/weights")
 @pytest.mark.parametrize(
     ("name", "without_refit", "with_refit"),  # loss over GPTQ's, as others measured it
-    [("mlp.fc", 0.9504, 0.9279), ("mlp.proj", 0.9946, 0.982), ("attn.proj", 0.9552, 0.9388), ("attn.c_q", 0.9502, 0.9269)],
+    [
+        ("mlp.fc", 0.9504, 0.9279),
+        ("mlp.proj", 0.9946, 0.982),
+        ("attn.proj", 0.9552, 0.9388),
+        ("attn.c_q", 0.9502, 0.9269),
+    ],
 )
 def test_real_matrices_gain_what_others_measured(name, without_refit, with_refit):
     weight = torch.from_numpy(np.load(REAL / f"W_blocks.3.{name}.npy"))
