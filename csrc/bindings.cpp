@@ -173,8 +173,8 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("pack_bits", &pack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a = true,
              "threads"_a = 1, Unlocked(),
-             "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`; False when "
-             "a value does not fit.");
+             "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`; False "
+             "when a value does not fit.");
   module.def("unpack_bits", &unpack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "threads"_a = 1,
              Unlocked(), "The inverse of pack_bits: `count` bytes at `dst`, sign-extended when `signed`.");
   module.def("factor_size", [](int64_t n) { return pgolf::factor_size(n); }, "n"_a, "Floats of a factor of n columns.");

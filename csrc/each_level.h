@@ -1,7 +1,7 @@
-// Compiles the file PGOLF_LOOPS once for each level of the CPU that computes in floats, each in a namespace of its own with
-// the functions of lanes.h. There `Vec` is a vector, fused(a, b, c) is a * b + c, rounded once from avx2 on, tile_vecs
-// vectors of rows by tile_columns columns are the sums that the registers hold, and PGOLF_TARGET marks every function.
-// What is included here must not include anything. PGOLF_AT_LEVEL(call) calls the one for the level in use.
+// Compiles the file PGOLF_LOOPS once for each level of the CPU that computes in floats, each in a namespace of its own
+// with the functions of lanes.h. There `Vec` is a vector, fused(a, b, c) is a * b + c, rounded once from avx2 on,
+// tile_vecs vectors of rows by tile_columns columns are the sums that the registers hold, and PGOLF_TARGET marks every
+// function. What is included here must not include anything. PGOLF_AT_LEVEL(call) calls the one for the level in use.
 #pragma once
 
 #include <algorithm>

@@ -78,8 +78,9 @@ void factor_hessians(const Hessians& hessians, const int64_t* order, const float
   std::vector<float> scratch(outside * scratch_size(n));
   share_out(length, outside, [&](int64_t i, int worker) {
     const int64_t at = which[i];
+    float* its_scratch = scratch.data() + worker * scratch_size(n);
     failed[i] = !factor_one(hessians.data + at * n * n, order + at * n, diagonal + at * n, n,
-                            factors + at * factor_size(n), scratch.data() + worker * scratch_size(n), threads / outside);
+                            factors + at * factor_size(n), its_scratch, threads / outside);
   });
 }
 

@@ -6,8 +6,8 @@ namespace pgolf {
 namespace {
 
 // A thread has a row. Its differences and the block's part of the factor stay in shared memory; the sums of 16 columns
-// at a time in registers. 96 KB, so that two thread blocks fit a multiprocessor; ptxas does not see them, they are asked for
-// at the launch.
+// at a time in registers. 96 KB, so that two thread blocks fit a multiprocessor; ptxas does not see them, they are
+// asked for at the launch.
 constexpr int most_columns = 128, panel = 16, rows_a_block = 64;
 
 struct Shared {

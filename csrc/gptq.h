@@ -2,8 +2,9 @@
 // The mathematics is told in pgolf/ops/gptq.py.
 //
 // A factor is lower triangular with ones on its diagonal, and stored in strips: strip r holds rows [32 r, 32 r + 32) as
-// [column][row of the strip], for the columns 0 to 32 r + 31. Rows and columns past n are those of the identity. What lies
-// above the diagonal is unspecified, the ones on it are rounded; neither is read. A strip is what both loops here read 32 rows at a time, one behind the other.
+// [column][row of the strip], for the columns 0 to 32 r + 31. Rows and columns past n are those of the identity. What
+// lies above the diagonal is unspecified, the ones on it are rounded; neither is read. A strip is what both loops here
+// read 32 rows at a time, one behind the other.
 //
 // Results depend on the level of the CPU by rounding only (fused multiply-add at avx2 and above, the same bits there),
 // and on nothing else: not on the number of threads, nor on the other matrices of the bank.
@@ -57,7 +58,8 @@ void round_columns(const Rounding& bank, int threads);
 
 // On the GPU, the columns start..start+width-1 of every matrix, width at most 128, from the last to the first; the
 // caller does the rest by products. All in factored order, device addresses; work, values, difference hold a column's
-// rows side by side: work [count][n][rows], in: weight plus what columns behind the block push, values [count][n][rows].
+// rows side by side: work [count][n][rows], in: weight plus what columns behind the block push, values
+// [count][n][rows].
 struct BlockRounding {
   const float* weight;  // [count][n][rows]
   const float* work;    // [count][n][rows]

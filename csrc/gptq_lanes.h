@@ -1,9 +1,9 @@
 // The loops of gptq.cpp for one instruction set; see each_level.h.
 
-// Columns [first, first + 32) of the rows of a strip, of which `strip` holds the Hessian in these columns, the factor in
-// those before. `own` is the strip of the rows first..first+31, `scaled` the same with each column times its pivot, all
-// pivots lie in `pivots`. For own itself (is_diagonal) scaled and the pivots from `first` on are written; then false when
-// one is not positive.
+// Columns [first, first + 32) of the rows of a strip, of which `strip` holds the Hessian in these columns, the factor
+// in those before. `own` is the strip of the rows first..first+31, `scaled` the same with each column times its pivot,
+// all pivots lie in `pivots`. For own itself (is_diagonal) scaled and the pivots from `first` on are written; then
+// false when one is not positive.
 template <bool is_diagonal>
 PGOLF_TARGET bool factor_strip(float* strip, const float* own, float* scaled, float* pivots, int64_t first) {
   alignas(64) float sum[panel * strip_rows];
@@ -78,8 +78,8 @@ PGOLF_TARGET inline void round_strip(const float* factor, float* x, int8_t* valu
     }
 }
 
-// The largest bits of |a| and of |a - aᵀ| over 32 columns from `column` on of the rows [row, last). As integers the bits
-// are in the order of the numbers, infinity and NaN above all.
+// The largest bits of |a| and of |a - aᵀ| over 32 columns from `column` on of the rows [row, last). As integers the
+// bits are in the order of the numbers, infinity and NaN above all.
 PGOLF_TARGET inline void survey(const float* h, int64_t n, int64_t row, int64_t last, int64_t column, int64_t width,
                                 uint32_t& largest, uint32_t& lopsided) {
   float turned[strip_rows];

@@ -25,7 +25,8 @@ float to_half(float value) {
   return value;
 }
 
-// The best scale of a row for its values, unless the one it has is as good: closed-form least squares under the Hessian.
+// The best scale of a row for its values, unless the one it has is as good: closed-form least squares under the
+// Hessian.
 float refit(const float* q, const float* whole, float* pushed, int64_t width, float scale) {
   float of_whole, of_pushed;
   PGOLF_AT_LEVEL(moments(q, whole, pushed, width, of_whole, of_pushed));

@@ -1,6 +1,7 @@
 // The loops of gptq_refine.cpp for one instruction set; see each_level.h.
 
-// Rows of x (a strip, [n][32]) times a symmetric matrix, 8 columns of it in `packed` as [n][8]: out[lane * width + column].
+// Rows of x (a strip, [n][32]) times a symmetric matrix, 8 columns of it in `packed` as [n][8]: out[lane * width +
+// column].
 PGOLF_TARGET inline void multiply_panel(const float* x, const float* packed, int64_t n, float* out, int64_t width) {
   alignas(64) float sum[panel * strip_rows];
   tiles(sum, [&](auto& tile, int lane, int column) PGOLF_TARGET {
@@ -56,8 +57,8 @@ PGOLF_TARGET inline bool sweep(const float* h, const float* inverse, int64_t n, 
 }
 
 // The sums of q * whole and q * pushed over a row.
-PGOLF_TARGET inline void moments(const float* q, const float* whole, const float* pushed, int64_t width, float& of_whole,
-                                 float& of_pushed) {
+PGOLF_TARGET inline void moments(const float* q, const float* whole, const float* pushed, int64_t width,
+                                 float& of_whole, float& of_pushed) {
   Vec a = {}, b = {};
   for (int64_t k = 0; k < width; k += vec_floats) {
     a = fused(load(q + k), load(whole + k), a);

@@ -1,5 +1,5 @@
-// Vectors of rows and the sums of products that GPTQ is made of, for one instruction set: each_level.h includes this once
-// for each. A strip is 32 rows, stored as [column][row].
+// Vectors of rows and the sums of products that GPTQ is made of, for one instruction set: each_level.h includes this
+// once for each. A strip is 32 rows, stored as [column][row].
 
 constexpr int vec_floats = sizeof(Vec) / sizeof(float);
 constexpr int panel = 8;  // columns that are worked on together
@@ -25,8 +25,8 @@ PGOLF_TARGET inline void add_product(Vec (&sum)[tile_columns][tile_vecs], const 
   }
 }
 
-// Sums of products for the 32 rows of a strip and the 8 columns of a panel: out[j][lane]. `add(tile, lane, column)` adds
-// the products of one register tile.
+// Sums of products for the 32 rows of a strip and the 8 columns of a panel: out[j][lane]. `add(tile, lane, column)`
+// adds the products of one register tile.
 template <class Add>
 PGOLF_TARGET inline void tiles(float* out, Add add) {
   for (int lane = 0; lane < strip_rows; lane += tile_vecs * vec_floats)

@@ -31,8 +31,8 @@ uint64_t load(const uint8_t* from, int64_t size) {
 void store(uint8_t* to, uint64_t word, int64_t size) { std::memcpy(to, &word, size); }
 
 // What packing sees of its values besides their low bits. Of an unsigned value that fits, the bits from `bits` up are
-// zero; of a signed one each of them equals the bit below. A whole word of bytes is looked at: what a shift carries from
-// byte to byte is bit 0, which is not among them.
+// zero; of a signed one each of them equals the bit below. A whole word of bytes is looked at: what a shift carries
+// from byte to byte is bit 0, which is not among them.
 template <int bits, bool is_signed>
 struct Strays {
   static constexpr uint8_t mask = static_cast<uint8_t>(0xff00u >> (8 - bits));

@@ -19,8 +19,8 @@ bool pack_bits(const uint8_t* src, uint8_t* dst, int64_t count, int bits, bool i
 // src: uint8 [packed_size(count, bits)]; dst: int8 (sign extended) or uint8 [count].
 void unpack_bits(const uint8_t* src, uint8_t* dst, int64_t count, int bits, bool is_signed, int threads);
 
-// The same, without a look at what fits, on the GPU that is current in the calling thread; addresses are device addresses and `stream` is a
-// cudaStream_t. Launches and returns at once: "" or what CUDA said was wrong.
+// The same, without a look at what fits, on the GPU that is current in the calling thread; addresses are device
+// addresses and `stream` is a cudaStream_t. Launches and returns at once: "" or what CUDA said was wrong.
 std::string pack_bits_cuda(const uint8_t* src, uint8_t* dst, int64_t count, int bits, void* stream);
 std::string unpack_bits_cuda(const uint8_t* src, uint8_t* dst, int64_t count, int bits, bool is_signed, void* stream);
 

@@ -11,7 +11,8 @@
 namespace pgolf {
 
 // Calls work(item, worker) once for every item in [0, count), each worker in a thread of its own taking the next item
-// that nobody has. `worker` is below max(1, min(threads, count)); the calling thread is worker 0. `work` must not throw.
+// that nobody has. `worker` is below max(1, min(threads, count)); the calling thread is worker 0. `work` must not
+// throw.
 template <class Work>
 void share_out(int64_t count, int threads, Work work) {
   std::atomic<int64_t> next{0};
