@@ -16,6 +16,14 @@ class Shapes:
     dtypes: tuple[torch.dtype, ...]  # to compute in
 
 
+RECORD_GPTQ = {  # all matrices of a record, a bank each
+    "record q and o": (22, 512, 512),
+    "record k and v": (22, 256, 512),
+    "record up": (11, 2048, 512),
+    "record down": (11, 512, 2048),
+    "record embedding": (8192, 512),
+}
+
 RECORD = Shapes(
     values=8 << 20,
     dequantize=(22, 512, 512),

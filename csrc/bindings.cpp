@@ -7,6 +7,8 @@
 #include "build_config.h"
 #include "build_info.h"
 #include "cpu_features.h"
+#include "gptq.h"
+#include "gptq_refine.h"
 #include "pack_bits.h"
 
 namespace py = pybind11;
@@ -34,14 +36,81 @@ int check_threads(int64_t threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1024));
 }
 
-void pack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, int64_t threads) {
+bool pack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, bool is_signed, int64_t threads) {
   check(src, dst, count, bits);
-  pgolf::pack_bits(source(src), target(dst), count, static_cast<int>(bits), check_threads(threads));
+  return pgolf::pack_bits(source(src), target(dst), count, static_cast<int>(bits), is_signed, check_threads(threads));
 }
 
 void unpack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, bool is_signed, int64_t threads) {
   check(src, dst, count, bits);
   pgolf::unpack_bits(source(src), target(dst), count, static_cast<int>(bits), is_signed, check_threads(threads));
+}
+
+template <class Value>
+Value* pointer(uintptr_t address) {
+  return reinterpret_cast<Value*>(address);
+}
+
+pgolf::Hessians hessians(uintptr_t data, int64_t count, int64_t n) {
+  require(count >= 0, "count", count, "0 or more");
+  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  require(data != 0 || count == 0, "hessians", 0, "an address, or 0 with a count of 0");
+  return {pointer<const float>(data), count, n};
+}
+
+void check_limit(int64_t limit) { require(limit >= 1 && limit <= 127, "limit", limit, "1 to 127"); }
+
+std::vector<int> check_hessians(uintptr_t data, int64_t count, int64_t n, float tolerance, int64_t threads) {
+  const pgolf::Hessians bank = hessians(data, count, n);
+  std::vector<uint8_t> flaws(count);
+  pgolf::check_hessians(bank, tolerance, flaws.data(), check_threads(threads));
+  return {flaws.begin(), flaws.end()};
+}
+
+std::vector<int64_t> factor_hessians(uintptr_t data, int64_t count, int64_t n, uintptr_t order, uintptr_t diagonal,
+                                     const std::vector<int64_t>& which, uintptr_t factors,
+                                     int64_t threads) {
+  const pgolf::Hessians bank = hessians(data, count, n);
+  for (int64_t each : which) require(each >= 0 && each < count, "which", each, "0 to count - 1");
+  const bool there = order != 0 && diagonal != 0 && factors != 0;
+  require(there || which.empty(), "order, diagonal or factors", 0, "an address");
+  std::vector<uint8_t> failed(which.size());
+  pgolf::factor_hessians(bank, pointer<const int64_t>(order), pointer<const float>(diagonal), which.data(),
+                         static_cast<int64_t>(which.size()), pointer<float>(factors), failed.data(),
+                         check_threads(threads));
+  std::vector<int64_t> bad;
+  for (size_t i = 0; i < which.size(); ++i)
+    if (failed[i]) bad.push_back(which[i]);
+  return bad;
+}
+
+void round_columns(uintptr_t weight, uintptr_t order, uintptr_t factors, uintptr_t scale, uintptr_t values,
+                   int64_t count, int64_t rows, int64_t n, int64_t limit, int64_t threads) {
+  require(count >= 0, "count", count, "0 or more");
+  require(rows >= 0, "rows", rows, "0 or more");
+  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  check_limit(limit);
+  const bool there = weight != 0 && order != 0 && factors != 0 && scale != 0 && values != 0;
+  require(there || count * rows == 0, "weight, order, factors, scale or values", 0, "an address");
+  pgolf::round_columns({pointer<const float>(weight), pointer<const int64_t>(order), pointer<const float>(factors),
+                        pointer<const float>(scale), pointer<int8_t>(values), count, rows, n, static_cast<int>(limit)},
+                       check_threads(threads));
+}
+
+void refine(uintptr_t weight, uintptr_t hessians, uintptr_t values, uintptr_t scale, int64_t count, int64_t rows,
+            int64_t n, int64_t limit, int64_t sweeps, int64_t refits, int64_t threads) {
+  require(count >= 0, "count", count, "0 or more");
+  require(rows >= 0, "rows", rows, "0 or more");
+  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  check_limit(limit);
+  require(sweeps >= 0 && sweeps <= 1 << 20, "sweeps", sweeps, "0 to 1048576");
+  require(refits >= 0 && refits <= 1 << 20, "refits", refits, "0 to 1048576");
+  const bool there = weight != 0 && hessians != 0 && values != 0 && scale != 0;
+  require(there || count * rows == 0, "weight, hessians, values or scale", 0, "an address");
+  pgolf::refine({pointer<const float>(weight), pointer<const float>(hessians), pointer<int8_t>(values),
+                 pointer<float>(scale), count, rows, n, static_cast<int>(limit), static_cast<int>(sweeps),
+                 static_cast<int>(refits)},
+                check_threads(threads));
 }
 
 #if PGOLF_CUDA
@@ -59,6 +128,24 @@ void unpack_bits_cuda(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits,
   check(src, dst, count, bits);
   throw_if_any(pgolf::unpack_bits_cuda(source(src), target(dst), count, static_cast<int>(bits), is_signed,
                                        reinterpret_cast<void*>(stream)));
+}
+
+void round_block_cuda(uintptr_t weight, uintptr_t work, uintptr_t factor, uintptr_t scale, uintptr_t values,
+                      uintptr_t difference, int64_t count, int64_t rows, int64_t n, int64_t start, int64_t width,
+                      int64_t limit, uintptr_t stream) {
+  require(count >= 0, "count", count, "0 or more");
+  require(rows >= 0, "rows", rows, "0 or more");
+  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  require(width >= 1 && width <= 128, "width", width, "1 to 128");
+  require(start >= 0 && start + width <= n, "start", start, "0 to n - width");
+  check_limit(limit);
+  const bool there = weight && work && factor && scale && values && difference;
+  require(there || count * rows == 0, "one of the addresses", 0, "an address");
+  throw_if_any(pgolf::round_block_cuda(
+      {pointer<const float>(weight), pointer<const float>(work), pointer<const float>(factor),
+       pointer<const float>(scale), pointer<int8_t>(values), pointer<float>(difference), count, rows, n, start,
+       static_cast<int>(width), static_cast<int>(limit)},
+      reinterpret_cast<void*>(stream)));
 }
 #endif
 
@@ -84,15 +171,33 @@ PYBIND11_MODULE(_native, module) {
   using namespace py::literals;
   module.doc() = "C++ and CUDA operations on raw addresses; use pgolf.ops, which checks its tensors first.";
 
-  module.def("pack_bits", &pack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "threads"_a = 1, Unlocked(),
-             "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`.");
+  module.def("pack_bits", &pack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a = true,
+             "threads"_a = 1, Unlocked(),
+             "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`; False "
+             "when a value does not fit.");
   module.def("unpack_bits", &unpack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "threads"_a = 1,
              Unlocked(), "The inverse of pack_bits: `count` bytes at `dst`, sign-extended when `signed`.");
+  module.def("factor_size", [](int64_t n) { return pgolf::factor_size(n); }, "n"_a, "Floats of a factor of n columns.");
+  module.def("check_hessians", &check_hessians, "hessians"_a, "count"_a, "n"_a, "tolerance"_a,
+             "threads"_a = 1, Unlocked(),
+             "For each float32 matrix the sum of 1 (NaN or infinity), 2 (negative diagonal) and 4 (not symmetric).");
+  module.def("factor_hessians", &factor_hessians, "hessians"_a, "count"_a, "n"_a, "order"_a,
+             "diagonal"_a, "which"_a, "factors"_a, "threads"_a = 1, Unlocked(),
+             "Factors the matrices `which` in strips; returns those that are not positive definite.");
+  module.def("round_columns", &round_columns, "weight"_a, "order"_a, "factors"_a, "scale"_a, "values"_a, "count"_a,
+             "rows"_a, "n"_a, "limit"_a, "threads"_a = 1, Unlocked(),
+             "GPTQ's rounded values of a bank of float32 matrices, given the strips of factor_hessians.");
+  module.def("refine", &refine, "weight"_a, "hessians"_a, "values"_a, "scale"_a, "count"_a, "rows"_a, "n"_a, "limit"_a,
+             "sweeps"_a, "refits"_a, "threads"_a = 1, Unlocked(),
+             "Coordinate descent on `values` and `scale` (float32), both in place.");
 #if PGOLF_CUDA
   module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
              "pack_bits on device addresses of the current CUDA device, queued on `stream`.");
   module.def("unpack_bits_cuda", &unpack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "stream"_a,
              Unlocked(), "unpack_bits on device addresses of the current CUDA device, queued on `stream`.");
+  module.def("round_block_cuda", &round_block_cuda, "weight"_a, "work"_a, "factor"_a, "scale"_a, "values"_a,
+             "difference"_a, "count"_a, "rows"_a, "n"_a, "start"_a, "width"_a, "limit"_a, "stream"_a, Unlocked(),
+             "GPTQ of the columns start..start+width-1, device addresses of the current device, queued on `stream`.");
 #endif
   module.def("build_info", &build_info, "How the extension was built and what it found on this machine.");
   module.def("levels", &pgolf::levels, "The code paths that this CPU runs, slowest first.");

@@ -11,7 +11,7 @@
 namespace pgolf {
 namespace {
 
-const char* const names[] = {"portable", "bmi2", "avx512vbmi"};
+const char* const names[] = {"portable", "avx2", "bmi2", "avx512vbmi"};
 
 #if defined(__x86_64__)
 bool is_vendor(const char* name) {
@@ -19,6 +19,8 @@ bool is_vendor(const char* name) {
   __get_cpuid(0, &eax, &text[0], &text[2], &text[1]);
   return std::equal(name, name + 12, reinterpret_cast<const char*>(text));
 }
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 // pdep and pext take tens to hundreds of cycles on AMD before family 0x19 (Zen 3), and on Hygon's Zen 1.
 bool has_fast_bmi2() {
@@ -37,6 +39,8 @@ bool has_vbmi() {
 std::vector<Level> find_levels() {
   std::vector<Level> found = {Level::portable};
 #if defined(__x86_64__)
+  if (!has_avx2()) return found;
+  found.push_back(Level::avx2);
   if (has_fast_bmi2()) found.push_back(Level::bmi2);
   if (has_vbmi()) found.push_back(Level::avx512vbmi);
 #endif
@@ -60,6 +64,7 @@ std::vector<std::string> cpu_features() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("sse4.2")) found.push_back("sse4.2");
   if (__builtin_cpu_supports("avx2")) found.push_back("avx2");
+  if (__builtin_cpu_supports("fma")) found.push_back("fma");
   if (__builtin_cpu_supports("bmi2")) found.push_back("bmi2");
   if (__builtin_cpu_supports("avx512f")) found.push_back("avx512f");
   if (__builtin_cpu_supports("avx512bw")) found.push_back("avx512bw");

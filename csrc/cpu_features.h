@@ -6,7 +6,8 @@
 
 namespace pgolf {
 
-enum class Level { portable, bmi2, avx512vbmi };
+// In this order. bmi2 means fast bit deposit and extract on top of AVX2 and FMA, avx512vbmi AVX-512 on top of that.
+enum class Level { portable, avx2, bmi2, avx512vbmi };
 
 // Names of the instruction sets found, of those that matter here.
 std::vector<std::string> cpu_features();

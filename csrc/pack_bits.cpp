@@ -1,6 +1,7 @@
 #include "pack_bits.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <system_error>
 #include <thread>
@@ -29,18 +30,38 @@ uint64_t load(const uint8_t* from, int64_t size) {
 
 void store(uint8_t* to, uint64_t word, int64_t size) { std::memcpy(to, &word, size); }
 
+// What packing sees of its values besides their low bits. Of an unsigned value that fits, the bits from `bits` up are
+// zero; of a signed one each of them equals the bit below. A whole word of bytes is looked at: what a shift carries
+// from byte to byte is bit 0, which is not among them.
+template <int bits, bool is_signed>
+struct Strays {
+  static constexpr uint8_t mask = static_cast<uint8_t>(0xff00u >> (8 - bits));
+  uint64_t seen = 0;
+
+  void see(uint64_t loose) { seen |= is_signed ? loose ^ (loose << 1) : loose; }
+  bool any() const { return bits < 8 && (seen & every_byte(mask)) != 0; }
+};
+
 // Whole groups are moved as 8 bytes, so that each copy is one instruction, for as long as 8 bytes are left on both
 // sides; the rest, at most 8 groups, byte by byte. A tight store's surplus bytes are overwritten by the next group.
-template <int bits>
-void pack_portable(const uint8_t* src, uint8_t* dst, int64_t count) {
+// Packing tells whether every value fits.
+template <int bits, bool is_signed>
+bool pack_portable(const uint8_t* src, uint8_t* dst, int64_t count) {
   const int64_t size = packed_size(count, bits);
+  Strays<bits, is_signed> strays;
   int64_t group = 0;
-  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group)
-    store(dst + group * bits, tighten<bits>(load(src + group * 8, 8)), 8);
+  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group) {
+    const uint64_t loose = load(src + group * 8, 8);
+    strays.see(loose);
+    store(dst + group * bits, tighten<bits>(loose), 8);
+  }
   for (; group * 8 < count; ++group) {
     const int64_t values = std::min<int64_t>(8, count - group * 8);
-    store(dst + group * bits, tighten<bits>(load(src + group * 8, values)), packed_size(values, bits));
+    const uint64_t loose = load(src + group * 8, values);
+    strays.see(loose);
+    store(dst + group * bits, tighten<bits>(loose), packed_size(values, bits));
   }
+  return !strays.any();
 }
 
 template <int bits, bool is_signed>
@@ -57,14 +78,18 @@ void unpack_portable(const uint8_t* src, uint8_t* dst, int64_t count) {
 
 #if PGOLF_X86
 // The same with one instruction for each group; what is left at the end is portable's.
-template <int bits>
-__attribute__((target("bmi2"))) void pack_bmi2(const uint8_t* src, uint8_t* dst, int64_t count) {
+template <int bits, bool is_signed>
+__attribute__((target("bmi2"))) bool pack_bmi2(const uint8_t* src, uint8_t* dst, int64_t count) {
   const int64_t size = packed_size(count, bits);
   constexpr uint64_t mask = every_byte((1u << bits) - 1);
+  Strays<bits, is_signed> strays;
   int64_t group = 0;
-  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group)
-    store(dst + group * bits, _pext_u64(load(src + group * 8, 8), mask), 8);
-  pack_portable<bits>(src + group * 8, dst + group * bits, count - group * 8);
+  for (; (group + 1) * 8 <= count && group * bits + 8 <= size; ++group) {
+    const uint64_t loose = load(src + group * 8, 8);
+    strays.see(loose);
+    store(dst + group * bits, _pext_u64(loose, mask), 8);
+  }
+  return pack_portable<bits, is_signed>(src + group * 8, dst + group * bits, count - group * 8) && !strays.any();
 }
 
 template <int bits, bool is_signed>
@@ -98,22 +123,27 @@ constexpr uint64_t first_bytes(int count) { return count >= 64 ? ~uint64_t{0} : 
 #define PGOLF_VBMI __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 
 // Eight groups a step: the three joins of tighten() in all eight words at once, then the bytes of the words are closed up.
-template <int bits>
-PGOLF_VBMI void pack_vbmi(const uint8_t* src, uint8_t* dst, int64_t count) {
+template <int bits, bool is_signed>
+PGOLF_VBMI bool pack_vbmi(const uint8_t* src, uint8_t* dst, int64_t count) {
   static constexpr ByteOrder<bits, true> order;
   const __m512i from = _mm512_load_si512(order.from);
   const __m512i keep = _mm512_set1_epi8(static_cast<char>((1u << bits) - 1));
   const __m512i single = _mm512_set1_epi16(0x00ff), pair = _mm512_set1_epi32(0x0000ffff);
   const __m512i quad = _mm512_set1_epi64(0x00000000ffffffff);
+  const __m512i strays = _mm512_set1_epi8(static_cast<char>(Strays<bits, is_signed>::mask));
+  __m512i seen = _mm512_setzero_si512();
   int64_t at = 0;
   for (; at + 64 <= count; at += 64) {
-    __m512i x = _mm512_and_si512(_mm512_loadu_si512(src + at), keep);
+    const __m512i loose = _mm512_loadu_si512(src + at);
+    seen = _mm512_or_si512(seen, is_signed ? _mm512_xor_si512(loose, _mm512_slli_epi64(loose, 1)) : loose);
+    __m512i x = _mm512_and_si512(loose, keep);
     x = _mm512_or_si512(_mm512_and_si512(x, single), _mm512_srli_epi64(_mm512_andnot_si512(single, x), 8 - bits));
     x = _mm512_or_si512(_mm512_and_si512(x, pair), _mm512_srli_epi64(_mm512_andnot_si512(pair, x), 16 - 2 * bits));
     x = _mm512_or_si512(_mm512_and_si512(x, quad), _mm512_srli_epi64(_mm512_andnot_si512(quad, x), 32 - 4 * bits));
     _mm512_mask_storeu_epi8(dst + at / 8 * bits, first_bytes(8 * bits), _mm512_permutexvar_epi8(from, x));
   }
-  pack_portable<bits>(src + at, dst + at / 8 * bits, count - at);
+  const bool fits = bits == 8 || _mm512_test_epi8_mask(seen, strays) == 0;
+  return pack_portable<bits, is_signed>(src + at, dst + at / 8 * bits, count - at) && fits;
 }
 
 // Eight groups a step: each group's bytes go to a word of their own, from which one instruction takes 8 bits at each of
@@ -137,13 +167,13 @@ PGOLF_VBMI void unpack_vbmi(const uint8_t* src, uint8_t* dst, int64_t count) {
 }
 #endif
 
-template <int bits>
-void pack_range(const uint8_t* src, uint8_t* dst, int64_t count) {
+template <int bits, bool is_signed>
+bool pack_range(const uint8_t* src, uint8_t* dst, int64_t count) {
 #if PGOLF_X86
-  if (level() == Level::avx512vbmi) return pack_vbmi<bits>(src, dst, count);
-  if (level() == Level::bmi2) return pack_bmi2<bits>(src, dst, count);
+  if (level() == Level::avx512vbmi) return pack_vbmi<bits, is_signed>(src, dst, count);
+  if (level() == Level::bmi2) return pack_bmi2<bits, is_signed>(src, dst, count);
 #endif
-  pack_portable<bits>(src, dst, count);
+  return pack_portable<bits, is_signed>(src, dst, count);
 }
 
 template <int bits, bool is_signed>
@@ -177,13 +207,17 @@ void in_threads(int64_t count, int threads, Work work) {
 
 }  // namespace
 
-void pack_bits(const uint8_t* src, uint8_t* dst, int64_t count, int bits, int threads) {
-  dispatch_bits(bits, [=](auto width) {
+bool pack_bits(const uint8_t* src, uint8_t* dst, int64_t count, int bits, bool is_signed, int threads) {
+  std::atomic<bool> fits{true};
+  dispatch_bits(bits, [=, &fits](auto width) {
     constexpr int b = decltype(width)::value;
-    in_threads(count, threads, [=](int64_t first, int64_t length) {
-      pack_range<b>(src + first, dst + first / 8 * b, length);
+    in_threads(count, threads, [=, &fits](int64_t first, int64_t length) {
+      const uint8_t* from = src + first;
+      uint8_t* to = dst + first / 8 * b;
+      if (!(is_signed ? pack_range<b, true>(from, to, length) : pack_range<b, false>(from, to, length))) fits = false;
     });
   });
+  return fits;
 }
 
 void unpack_bits(const uint8_t* src, uint8_t* dst, int64_t count, int bits, bool is_signed, int threads) {

@@ -33,13 +33,15 @@ def collect_hessians(
         for name, bank in model.named_parameters()
         if role_of(name) != "control"
     }
-    last: list[Tensor] = [torch.empty(0), torch.empty(0)]  # an input and its x^T x: q, k and v share theirs
+    seen, first = torch.empty(0), ("", 0)  # the last input, and which matrix had it first: q, k and v share theirs
+    owners = {}  # (name, index) -> the matrix whose sum is also this one's
 
     def observe(name: str, index: int, x: Tensor) -> None:
-        if x is not last[0]:
-            flat = x.reshape(-1, x.size(-1)).float()  # bfloat16 products are exact in TF32; their sum is float32
-            last[:] = [x, flat.mT @ flat]
-        hessians[name][index] += last[1]
+        nonlocal seen, first
+        if x is not seen:
+            seen, first = x, (name, index)
+            ops.accumulate_hessian(hessians[name][index], x)
+        owners[name, index] = first
 
     longest, before = 0.0, seconds_left()
     for tokens in batches:
@@ -48,6 +50,9 @@ def collect_hessians(
         longest, before = max(longest, before - left), left
         if ranks.any(left < longest):
             break
+    for (name, index), (owner, its_index) in owners.items():
+        if (name, index) != (owner, its_index):
+            hessians[name][index] = hessians[owner][its_index]
     ranks.sum_(*hessians.values())
     return {name: hessian.cpu() for name, hessian in hessians.items()}
 

@@ -220,9 +220,10 @@ def test_roofline_is_the_larger_of_bytes_and_flops():
 @pytest.mark.skipif(static_report.find_nvcc() is None, reason="nvcc is not on this machine")
 def test_every_shipped_kernel_fits_without_spills():
     reports = static_report.cuda_reports()
-    assert {"convert<Pack<6>>", "convert<Unpack<6, true>>"} <= {report.kernel for report in reports}
+    assert {"convert<Pack<6>>", "convert<Unpack<6, true>>", "round_block"} <= {report.kernel for report in reports}
     assert not [report.kernel for report in reports if report.spills]
-    assert all(report.occupancy > 0.5 for report in reports)
+    # round_block holds its columns on chip; the others stream and hide the memory's latency behind many warps
+    assert all(report.occupancy > 0.5 for report in reports if report.kernel != "round_block")
 
 
 def test_the_report_says_what_it_cannot_read(monkeypatch, capsys, tmp_path):

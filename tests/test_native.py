@@ -49,7 +49,9 @@ class Guarded:
 def pack(values: np.ndarray, bits: int, threads: int = 1, offset: int = 0) -> np.ndarray:
     source, target = Guarded(len(values), offset), Guarded(packed_size(len(values), bits), offset)
     source.bytes[:] = values.view(np.uint8)
-    native.pack_bits(source.address, target.address, len(values), bits, threads)
+    fits = native.pack_bits(source.address, target.address, len(values), bits, values.dtype == np.int8, threads)
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if values.dtype == np.int8 else (0, (1 << bits) - 1)
+    assert fits is bool(((values >= low) & (values <= high)).all())
     assert (source.taken() == values.view(np.uint8)).all()
     return target.taken()
 
@@ -133,8 +135,25 @@ def test_the_layout_is_the_documented_one(level):
     assert pack(np.array([-1, 0, -32, 31], np.int8), 6).tolist() == [0b00111111, 0b00000000, 0b01111110]
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_one_value_that_does_not_fit_is_seen_wherever_it_is(level, bits, signed, random):
+    dtype, half = (np.int8, 1 << (bits - 1)) if signed else (np.uint8, 0)
+    low, high = -half, (1 << bits) - 1 - half
+    outside = [value for value in (low - 1, high + 1, -128, 127, 255) if not low <= value <= high]
+    outside = [value for value in outside if np.iinfo(dtype).min <= value <= np.iinfo(dtype).max]
+    for count, threads in ((1, 1), (150, 1), (600_000, 2)):
+        values = random.integers(low, high, count, dtype=dtype, endpoint=True)
+        for at in {0, count - 1, *random.integers(0, count, 2 if count > 1000 else 12).tolist()}:
+            kept = values[at]
+            values[at] = random.choice(outside)
+            pack(values, bits, threads)
+            values[at] = kept
+        pack(values, bits, threads)
+
+
 def test_nothing_at_no_address_is_fine(level):
-    assert native.pack_bits(0, 0, 0, 6) is None
+    assert native.pack_bits(0, 0, 0, 6) is True
     assert native.unpack_bits(0, 0, 0, 6, True) is None
 
 
@@ -154,12 +173,81 @@ def test_nothing_at_no_address_is_fine(level):
 def test_wrong_arguments_are_named(name, change, message):
     source, target = Guarded(16), Guarded(16)
     arguments = {"src": source.address, "dst": target.address, "count": 8, "bits": 6, "threads": 1, **change}
-    if name == "unpack_bits":
-        arguments["signed"] = True
+    arguments["signed"] = True
     with pytest.raises(ValueError) as caught:
         getattr(native, name)(**arguments)
     assert str(caught.value) == message
     assert (target.taken() == POISON).all()
+
+
+def gptq_arguments(name: str) -> dict[str, int]:
+    """Arguments of 2 matrices of 3 rows and 4 columns, each at an address where nothing is touched before a check."""
+    address = Guarded(8).address
+    given = {
+        "check_hessians": ("hessians",),
+        "factor_hessians": ("hessians", "order", "diagonal", "factors"),
+        "round_columns": ("weight", "order", "factors", "scale", "values"),
+        "refine": ("weight", "hessians", "values", "scale"),
+    }[name]
+    sizes = {
+        "check_hessians": {"tolerance": 1e-3},
+        "factor_hessians": {"which": [0, 1]},
+        "round_columns": {"rows": 3, "limit": 31},
+        "refine": {"rows": 3, "limit": 31, "sweeps": 1, "refits": 1},
+    }[name]
+    return {**dict.fromkeys(given, address), "count": 2, "n": 4, "threads": 1, **sizes}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("check_hessians", {"count": -1}, "count is -1, accepted is 0 or more"),
+        ("check_hessians", {"n": 0}, "n is 0, accepted is 1 to 16777216"),
+        ("check_hessians", {"hessians": 0}, "hessians is 0, accepted is an address, or 0 with a count of 0"),
+        ("check_hessians", {"threads": 0}, "threads is 0, accepted is 1 or more"),
+        ("factor_hessians", {"which": [0, 2]}, "which is 2, accepted is 0 to count - 1"),
+        ("factor_hessians", {"factors": 0}, "order, diagonal or factors is 0, accepted is an address"),
+        ("factor_hessians", {"n": 1 << 40}, "n is 1099511627776, accepted is 1 to 16777216"),
+        ("round_columns", {"limit": 128}, "limit is 128, accepted is 1 to 127"),
+        ("round_columns", {"rows": -1}, "rows is -1, accepted is 0 or more"),
+        ("round_columns", {"scale": 0}, "weight, order, factors, scale or values is 0, accepted is an address"),
+        ("refine", {"limit": 0}, "limit is 0, accepted is 1 to 127"),
+        ("refine", {"sweeps": -1}, "sweeps is -1, accepted is 0 to 1048576"),
+        ("refine", {"refits": -1}, "refits is -1, accepted is 0 to 1048576"),
+        ("refine", {"values": 0}, "weight, hessians, values or scale is 0, accepted is an address"),
+    ],
+)
+def test_wrong_arguments_of_gptq_are_named(name, change, message):
+    with pytest.raises(ValueError) as caught:
+        getattr(native, name)(**{**gptq_arguments(name), **change})
+    assert str(caught.value) == message
+
+
+def test_nothing_to_round_is_fine(level):
+    for name in ("check_hessians", "round_columns", "refine"):
+        assert not getattr(native, name)(**{**gptq_arguments(name), "count": 0})
+    assert native.factor_hessians(**{**gptq_arguments("factor_hessians"), "which": []}) == []
+
+
+def test_gptq_stays_within_its_buffers(level, random):
+    for n, rows in ((1, 1), (33, 5), (40, 70)):
+        x = random.standard_normal((3 * n, n), dtype=np.float32)
+        hessian, weight = np.ascontiguousarray(x.T @ x), random.standard_normal((rows, n), dtype=np.float32)
+        order, diagonal = np.arange(n)[::-1].copy(), np.diag(hessian) + 1
+        scale = np.full(rows, 0.125, np.float32)
+        factors, values = Guarded(4 * native.factor_size(n)), Guarded(rows * n, offset=3)
+        at = [array.ctypes.data for array in (hessian, order, diagonal)]
+        assert native.factor_hessians(at[0], 1, n, at[1], at[2], [0], factors.address) == []
+        pointers = (weight.ctypes.data, at[1], factors.address, scale.ctypes.data, values.address)
+        native.round_columns(*pointers, 1, rows, n, 31)
+        factors.taken()
+        before = values.taken().view(np.int8).copy()
+        assert (np.abs(before) <= 31).all()
+        fitted = Guarded(4 * rows)
+        fitted.bytes[:] = scale.view(np.uint8)
+        native.refine(weight.ctypes.data, at[0], values.address, fitted.address, 1, rows, n, 31, 3, 2)
+        assert (np.abs(values.taken().view(np.int8)) <= 31).all()
+        assert (fitted.taken().view(np.float32) > 0).all()
 
 
 def test_levels():
@@ -183,6 +271,7 @@ def test_build_info():
     assert {"bmi2", "avx512vbmi"}.intersection(native.levels()) <= set(info["cpu_features"])
     assert info["cuda_devices"] >= 0
     assert info["cuda"] is hasattr(native, "pack_bits_cuda") is hasattr(native, "unpack_bits_cuda")
+    assert info["cuda"] is hasattr(native, "round_block_cuda")
     if info["cuda"]:
         assert info["cuda_reason"] == ""
         assert float(info["cuda_version"]) >= 11

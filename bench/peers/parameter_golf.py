@@ -2,7 +2,8 @@
 
 From `train_gpt.py`: its Newton-Schulz iteration, one matrix at a time in bfloat16. From `RECORD`: the feed-forward
 block of PR #1530 (one Triton kernel for the up-projection and for the gradient; pre- and post-activation are both
-stored) and the soft-capped cross-entropy of PR #1787. Both need CUDA; the former is bfloat16 with slope 0.5 only.
+stored) and the soft-capped cross-entropy of PR #1787. Both need CUDA; the former is bfloat16 with slope 0.5 only. And
+its GPTQ, which is for a CPU, one matrix at a time.
 """
 
 from collections.abc import Callable
@@ -37,6 +38,19 @@ def softcapped_cross_entropy(checkout: Path) -> Callable:
     autograd = ["_softcapped_ce_setup_context", "_softcapped_ce_backward", "softcapped_cross_entropy"]
     taken = take(checkout / RECORD, [*constants, *kernels, *operations, *autograd], _given())
     return taken.softcapped_cross_entropy
+
+
+def gptq(checkout: Path) -> Callable:
+    """(weight (M, N) or (B, M, N), hessian) -> values and scale at 6 bits, clipped where ours is by default."""
+    function = take(checkout / RECORD, ["gptq_quantize_weight"], {"torch": torch}).gptq_quantize_weight
+
+    def call(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if weight.ndim == 2:
+            return function(weight, hessian, clip_sigmas=12.85, clip_range=31)
+        values, scales = zip(*map(call, weight, hessian), strict=True)
+        return torch.stack(values), torch.stack(scales)
+
+    return call
 
 
 def _given() -> dict:

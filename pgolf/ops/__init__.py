@@ -3,8 +3,10 @@
 `available()` tells what runs on this machine, `backend(name)` or `PGOLF_BACKEND` forces an implementation.
 """
 
+from pgolf.ops.accumulate_hessian import accumulate_hessian
 from pgolf.ops.backends import BACKENDS, Availability, BackendUnavailable, available, backend, fallbacks, used
 from pgolf.ops.gptq import gptq
+from pgolf.ops.gptq_refine import gptq_refine
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.linear_softcapped_cross_entropy import linear_softcapped_cross_entropy
 from pgolf.ops.newton_schulz import newton_schulz
@@ -16,10 +18,12 @@ __all__ = [
     "BACKENDS",
     "Availability",
     "BackendUnavailable",
+    "accumulate_hessian",
     "available",
     "backend",
     "fallbacks",
     "gptq",
+    "gptq_refine",
     "leaky_relu2_mlp",
     "linear_softcapped_cross_entropy",
     "newton_schulz",

@@ -4,18 +4,26 @@ For weights W (M, N) that multiply inputs with second moments H = Σ x xᵀ (N, 
 row, the loss is tr((W - Q) H (W - Q)ᵀ) with Q = s·q:
 
     s_r = clip_sigmas · std(W_r) / qmax, rounded to float16;    qmax = 2^(bits-1) - 1
-    H  ← H + damping · mean(diag H) · I, columns in descending order of diag H (act_order)
-    H⁻¹ = Uᵀ U, U upper triangular
-    for each column j:  q_j = clamp(round(w_j / s), -qmax, qmax);   e = (w_j - s q_j) / U_jj;   w_t -= e U_jt for t > j
+    H  ← H + damping · mean(diag H) · I, columns in ascending order of diag H (act_order), else the last first
+    H  = V D Vᵀ, V lower triangular with ones on its diagonal, D diagonal
+    for each column k, the last first:  w_k = W_k + Σ_{j>k} (W_j - s q_j) V_jk;  q_k = clamp(round(w_k / s), ±qmax)
 
-U comes from one Cholesky factorisation and one triangular solve: with J the reversal of order, J H J = L Lᵀ, so
-H = V Vᵀ for the upper triangular V = J L J, and U = V⁻¹. Inside a block of columns the update touches the block only;
-the columns behind it get one matrix product a block. Rounding is half to even.
+The loss is Σ_k D_k |e_k|² with e = (W - Q) V, of which w_k - s q_k is column k: each q_k is the best there is, given
+those before it. Taking the last column first is what needs one factorisation only; GPTQ as published wants the factor
+of H⁻¹, which is V⁻¹ in the opposite order, and gives the same values. Rounding is half to even. Columns are taken a
+block at a time: inside a block the sum is kept column by column, the columns behind it get one matrix product a
+block.
 
 Shapes and dtypes: weight (M, N) or bank (B, M, N), hessian (N, N), or (B, N, N) for a bank; floating. Work is done in
-float32, in float64 if weight or hessian is float64. Result: values int8 like weight, scale float16 (M,) or (B, M).
-Cost a matrix: 2/3 N³ FLOPs to factor and solve, M N² to push the errors on. Each matrix of a bank gives what it
-gives alone.
+float32, in float64 (by the definition, on every backend) if weight or hessian is float64. Result: values int8 like
+weight, scale float16 (M,) or (B, M). Cost a matrix: N³/3 FLOPs to factor, M N² for the sums, both once; 4 (M + 1.5 N) N
+bytes read at least. Each matrix of a bank gives what it gives alone.
+
+Backends round differently in the last bit of the sums: values may differ from the definition's where w_k / s lies
+within such an error of a tie, and then in later columns of that row. On the CPU the native values depend neither on
+the number of threads nor on block_size, and the sums use fused multiply-add where the CPU has it; a Hessian that is
+shared by a bank is factored once. On CUDA one launch a block rounds every row of every matrix, 128 columns at most,
+and PyTorch does the factorisation and the products, in full float32.
 
 What happens at the edges
 - A dead column (zero on the diagonal of H) is rounded to nearest and pushes nothing.
@@ -28,7 +36,9 @@ Sources: Frantar et al., arXiv 2210.17323; clipping at k standard deviations and
 challenge's (its pull requests 1394 and 1948).
 """
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,8 +49,10 @@ DAMPING_FLOOR = 1e-4
 DAMPING_LIMIT = 1.0
 SMALLEST_SCALE = 2.0**-24
 LOPSIDED = 1e-3  # accepted difference of H and Hᵀ, relative to the largest value of H
+MOST_BLOCK_COLUMNS = 128  # of the CUDA kernel
+FLAWS = {1: "holds NaN or infinity", 2: "has a negative number on its diagonal", 4: "is not symmetric"}  # of a Hessian
 
-backends.register("gptq")
+backends.register("gptq", native=("cpu", "cuda"))
 
 
 def gptq(
@@ -60,14 +72,17 @@ def gptq(
         bits: 2 to 8.
         clip_sigmas: where rows are clipped, in standard deviations of the row, > 0.
         damping: added to the diagonal, in units of its mean, >= 0.
-        act_order: columns in descending order of the Hessian's diagonal, else as they come.
+        act_order: columns are taken in descending order of the Hessian's diagonal, else as they come.
         block_size: columns a block, >= 1; changes the speed, and the result by rounding only.
     Returns:
         values int8 like weight, in -(2^(bits-1)-1)..2^(bits-1)-1, and scale float16 of shape (M,) or (B, M).
     """
     _check(weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
-    backends.choose("gptq", weight.device.type)
-    return gptq_reference(weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
+    arguments = (weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
+    chosen = backends.choose("gptq", weight.device.type)
+    if chosen == "reference" or work_dtype(weight, hessian) == torch.float64 or weight.numel() == 0:
+        return gptq_reference(*arguments)
+    return _gptq_on_cuda(*arguments) if weight.is_cuda else _gptq_on_cpu(*arguments)
 
 
 @torch.no_grad()
@@ -81,82 +96,196 @@ def gptq_reference(
     block_size: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch; arguments as for `gptq`."""
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)
     if weight.numel() == 0:
         return torch.zeros_like(weight, dtype=torch.int8), weight.new_zeros(weight.shape[:-1], dtype=torch.float16)
+    dtype = work_dtype(weight, hessian)
     bank = weight.to(dtype).reshape(-1, *weight.shape[-2:])  # (B, M, N)
-    count, rows, columns = bank.shape
-    h = hessian.to(dtype).expand(count, columns, columns)
-    _check_values(bank, h)
     limit = 2 ** (bits - 1) - 1
-    scale = _row_scale(bank, clip_sigmas, limit)  # (B, M) float16
-
-    diagonal = h.diagonal(dim1=-2, dim2=-1)  # (B, N)
-    order = torch.arange(columns, device=bank.device).expand(count, columns)
-    if act_order:
-        order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    h = h.gather(1, order.unsqueeze(2).expand_as(h)).gather(2, order.unsqueeze(1).expand_as(h))
-    factor = _inverse_factor(h, damping)  # (B, N, N) upper triangular
-    work = bank.mT.gather(1, order.unsqueeze(2).expand(-1, -1, rows))  # (B, N, M): a column is contiguous
-    rounded = _round_columns(work, factor, scale.to(dtype), limit, block_size)
-
-    values = torch.empty_like(rounded).scatter_(1, order.unsqueeze(2).expand_as(rounded), rounded)
-    values = values.mT.to(torch.int8, memory_format=torch.contiguous_format)
-    return values.reshape(weight.shape), scale.reshape(weight.shape[:-1])
+    scale = row_scale(bank, clip_sigmas, limit)  # (B, M) float16
+    h = hessian.to(dtype).expand(len(bank), *hessian.shape[-2:])
+    refuse_flaws(flaws_of(h))
+    order = _order(h, act_order)
+    factor = _factor(h, order, damping)
+    work = _factored_order(bank, order)
+    with products_in_full(bank):
+        rounded = round_columns(work, factor, scale.to(dtype), limit, block_size)
+    return _as_given(rounded, order).reshape(weight.shape), scale.reshape(weight.shape[:-1])
 
 
-def _round_columns(work: Tensor, factor: Tensor, scale: Tensor, limit: int, block_size: int) -> Tensor:
-    """The rounded values (B, N, M) of `work` (B, N, M), which is overwritten; factor (B, N, N), scale (B, M)."""
-    columns = work.shape[1]
-    rounded = torch.empty_like(work)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        errors = torch.empty_like(work[:, start:stop])
-        for j in range(start, stop):
-            column = work[:, j]  # (B, M)
-            q = (column / scale).round_().clamp_(-limit, limit)
-            error = (column - q * scale) / factor[:, j, j].unsqueeze(1)
-            work[:, j + 1 : stop] -= factor[:, j, j + 1 : stop].unsqueeze(2) * error.unsqueeze(1)
+def round_columns(weight: Tensor, factor: Tensor, scale: Tensor, limit: int, block_size: int) -> Tensor:
+    """The rounded values (B, N, M) of weight (B, N, M), columns as factored; factor V (B, N, N), scale (B, M)."""
+    sums, rounded = weight.clone(), torch.empty_like(weight)
+    for stop in range(weight.shape[1], 0, -block_size):
+        start = max(stop - block_size, 0)
+        differences = torch.empty_like(weight[:, start:stop])
+        for j in reversed(range(start, stop)):
+            q = (sums[:, j] / scale).round_().clamp_(-limit, limit)  # (B, M)
+            difference = weight[:, j] - q * scale
+            sums[:, start:j] += factor[:, j, start:j].unsqueeze(2) * difference.unsqueeze(1)
             rounded[:, j] = q
-            errors[:, j - start] = error
-        work[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
+            differences[:, j - start] = difference
+        sums[:, :start] += factor[:, start:stop, :start].mT @ differences
     return rounded
 
 
-def _row_scale(bank: Tensor, clip_sigmas: float, limit: int) -> Tensor:
+@torch.no_grad()
+def _gptq_on_cpu(
+    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, damping: float, act_order: bool, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """By the extension; block_size makes no difference."""
+    native, threads = backends.native(), torch.get_num_threads()
+    bank = weight.float().reshape(-1, *weight.shape[-2:]).contiguous()  # (B, M, N)
+    rows, columns = bank.shape[1:]
+    limit = 2 ** (bits - 1) - 1
+    scale = row_scale(bank, clip_sigmas, limit)  # (B, M) float16
+    h = hessian.float().reshape(-1, columns, columns).contiguous()
+    if len(h) < len(bank):  # one Hessian for all: one matrix with the rows of all
+        rows *= len(bank)
+    shape = (len(h), columns)
+    refuse_flaws(native.check_hessians(h.data_ptr(), *shape, LOPSIDED, threads))
+    order = _order(h, act_order)
+    factors = h.new_empty(len(h), native.factor_size(columns))
+
+    def attempt(diagonal: Tensor, which: list[int]) -> list[int]:
+        pointers = (order.data_ptr(), diagonal.data_ptr())
+        return native.factor_hessians(h.data_ptr(), *shape, *pointers, which, factors.data_ptr(), threads)
+
+    _with_enough_damping(h.diagonal(dim1=-2, dim2=-1), damping, attempt)
+    values, exact_scale = torch.empty_like(bank, dtype=torch.int8), scale.float()
+    pointers = (tensor.data_ptr() for tensor in (bank, order, factors, exact_scale, values))
+    native.round_columns(*pointers, len(h), rows, columns, limit, threads)
+    return values.reshape(weight.shape), scale.reshape(weight.shape[:-1])
+
+
+@torch.no_grad()
+def _gptq_on_cuda(
+    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, damping: float, act_order: bool, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of all matrices by one launch a block, the rest by PyTorch."""
+    bank = weight.float().reshape(-1, *weight.shape[-2:])  # (B, M, N)
+    limit = 2 ** (bits - 1) - 1
+    scale = row_scale(bank, clip_sigmas, limit)  # (B, M) float16
+    h = hessian.float().reshape(-1, *hessian.shape[-2:])
+    grouped = bank.reshape(len(h), -1, bank.shape[-1])  # one Hessian for all: one matrix with the rows of all
+    refuse_flaws(flaws_of(h))
+    order = _order(h, act_order)
+    factor = _factor(h, order, damping).contiguous()
+    work = _factored_order(grouped, order)
+    with products_in_full(bank):
+        rounded = _round_columns_on_cuda(work, factor, scale.float().reshape(len(h), -1), limit, block_size)
+    return _as_given(rounded, order).reshape(weight.shape), scale.reshape(weight.shape[:-1])
+
+
+def _round_columns_on_cuda(weight: Tensor, factor: Tensor, scale: Tensor, limit: int, block_size: int) -> Tensor:
+    """`round_columns`, int8, in blocks of 128 columns at most; all contiguous."""
+    block_size = min(block_size, MOST_BLOCK_COLUMNS)
+    count, columns, rows = weight.shape
+    sums, rounded = weight.clone(), torch.empty_like(weight, dtype=torch.int8)
+    differences = weight.new_empty(count * min(block_size, columns) * rows)
+    with torch.cuda.device(weight.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for stop in range(columns, 0, -block_size):
+            start = max(stop - block_size, 0)
+            block = differences[: count * (stop - start) * rows].view(count, stop - start, rows)
+            pointers = (tensor.data_ptr() for tensor in (weight, sums, factor, scale, rounded, block))
+            backends.native().round_block_cuda(*pointers, count, rows, columns, start, stop - start, limit, stream)
+            if start:
+                sums[:, :start].baddbmm_(factor[:, start:stop, :start].mT, block)
+    return rounded
+
+
+def row_scale(bank: Tensor, clip_sigmas: float, limit: int) -> Tensor:
     """The float16 scale (B, M) of every row of `bank` (B, M, N)."""
-    deviation = bank.std(dim=-1) if bank.shape[-1] > 1 else torch.zeros_like(bank[..., 0])
+    flat = bank.reshape(-1, bank.shape[-1])
+    at_once = len(flat) if flat.is_cuda else max(1, (1 << 17) // flat.shape[1])  # rows that stay in a CPU's cache
+    deviation = torch.cat([_deviation(rows) for rows in flat.split(at_once)])
     scale = clip_sigmas * deviation / limit
-    scale = torch.where(deviation > 0, scale, bank.abs().amax(dim=-1) / limit)
-    scale = scale.to(torch.float16).clamp_min(SMALLEST_SCALE)
-    if not torch.isfinite(scale).all():
-        matrix = int(torch.isinf(scale).any(dim=-1).nonzero()[0])
+    level = deviation == 0
+    if level.any():
+        scale[level] = flat[level].abs().amax(dim=-1) / limit
+    scale = scale.to(torch.float16).clamp_min(SMALLEST_SCALE).reshape(bank.shape[:-1])
+    wrong = ~torch.isfinite(scale)
+    if wrong.any():
+        refuse(~torch.isfinite(bank).flatten(1).all(dim=1), "weight", "holds NaN or infinity")
+        matrix = int(wrong.any(dim=-1).nonzero()[0])
         raise ValueError(f"weight: a row of matrix {matrix} needs a scale above 65504, the largest float16")
     return scale
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U (B, N, N), upper triangular, with (hessian + damping)⁻¹ = Uᵀ U for each matrix."""
-    damped = hessian.clone()
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)  # (B, N), a view
+def _deviation(rows: Tensor) -> Tensor:
+    """The standard deviation of each row (R, N), exactly 0 for a row of equal numbers, NaN for NaN and infinity."""
+    shifted = rows - rows[:, :1]
+    shifted -= shifted.mean(dim=1, keepdim=True)
+    return torch.linalg.vector_norm(shifted, dim=1) / max(rows.shape[1] - 1, 1) ** 0.5
+
+
+def _order(hessian: Tensor, act_order: bool) -> Tensor:
+    """Column of `hessian` (B, N, N) at each place (B, N), in the order in which they are factored."""
+    count, columns = hessian.shape[:2]
+    if not act_order:
+        return torch.arange(columns - 1, -1, -1, device=hessian.device).repeat(count, 1)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    return diagonal.argsort(dim=-1, descending=True, stable=True).flip(-1)  # of equals the first is rounded first
+
+
+def _factored_order(bank: Tensor, order: Tensor) -> Tensor:
+    """(B, N, M) of bank (B, M, N): the rows of a column side by side, columns in `order`."""
+    return bank.mT.gather(1, order.unsqueeze(2).expand(-1, -1, bank.shape[1]))
+
+
+def _as_given(rounded: Tensor, order: Tensor) -> Tensor:
+    """int8 (B, M, N), columns where they were, of rounded (B, N, M)."""
+    values = torch.empty_like(rounded).scatter_(1, order.unsqueeze(2).expand_as(rounded), rounded)
+    return values.mT.to(torch.int8, memory_format=torch.contiguous_format)
+
+
+def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """V (B, N, N), lower triangular with ones on its diagonal, of the damped Hessians with their columns in `order`."""
+    h = hessian.gather(1, order.unsqueeze(2).expand_as(hessian)).gather(2, order.unsqueeze(1).expand_as(hessian))
+    lower = torch.empty_like(h)
+
+    def attempt(diagonal: Tensor, which: list[int]) -> list[int]:
+        h.diagonal(dim1=-2, dim2=-1)[which] = diagonal[which].gather(1, order[which])
+        lower[which], failed = torch.linalg.cholesky_ex(h[which])
+        return [which[i] for i in failed.nonzero().flatten().tolist()]
+
+    _with_enough_damping(hessian.diagonal(dim1=-2, dim2=-1), damping, attempt)
+    return lower.div_(lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone())
+
+
+def _with_enough_damping(diagonal: Tensor, damping: float, attempt: Callable[[Tensor, list[int]], list[int]]) -> None:
+    """Call `attempt(damped diagonals (B, N), matrices)` until it returns no matrix that is not positive definite."""
     alive = diagonal > 0
     mean = diagonal.sum(dim=-1, keepdim=True) / alive.sum(dim=-1, keepdim=True).clamp_min(1)  # (B, 1)
     mean = torch.where(mean > 0, mean, 1.0)
     base = torch.where(alive, diagonal, mean)
-    diagonal.copy_(base + damping * mean)
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-    while failed.any():
+    damped = base + damping * mean
+    failed = attempt(damped, list(range(len(damped))))
+    while failed:
         damping = max(10 * damping, DAMPING_FLOOR)
-        matrix = int(failed.nonzero()[0])
         if damping > DAMPING_LIMIT * (1 + 1e-6):
             raise ValueError(
-                f"hessian: matrix {matrix} is not positive definite, even with {DAMPING_LIMIT} · mean(diag) added"
+                f"hessian: matrix {failed[0]} is not positive definite, even with {DAMPING_LIMIT} · mean(diag) added"
             )
-        again = failed.nonzero().squeeze(1)
-        diagonal[again] = base[again] + damping * mean[again]
-        lower[again], failed[again] = torch.linalg.cholesky_ex(damped[again].flip(-2, -1))
-    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
-    return torch.linalg.solve_triangular(lower.flip(-2, -1), eye, upper=True)
+        damped[failed] = base[failed] + damping * mean[failed]
+        failed = attempt(damped, failed)
+
+
+@contextlib.contextmanager
+def products_in_full(bank: Tensor) -> Iterator[None]:
+    """Matrix products in float32, not in TF32, which would cost the values three digits."""
+    before = torch.get_float32_matmul_precision()
+    if bank.is_cuda:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if bank.is_cuda:
+            torch.set_float32_matmul_precision(before)
+
+
+def work_dtype(weight: Tensor, hessian: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)
 
 
 def _check(
@@ -183,16 +312,22 @@ def _check(
         raise TypeError(f"act_order: expected a bool, got {type(act_order).__name__}")
 
 
-def _check_values(bank: Tensor, hessian: Tensor) -> None:
-    """Look at the numbers: bank (B, M, N), hessian (B, N, N)."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+def flaws_of(hessian: Tensor) -> list[int]:
+    """For each matrix of (B, N, N) the sum of its FLAWS."""
     largest = hessian.abs().amax(dim=(-2, -1))
-    lopsided = (hessian - hessian.mT).abs().amax(dim=(-2, -1)) > LOPSIDED * largest
-    for name, problem, bad in (
-        ("weight", "holds NaN or infinity", ~torch.isfinite(bank).flatten(1).all(dim=1)),
-        ("hessian", "holds NaN or infinity", ~torch.isfinite(hessian).flatten(1).all(dim=1)),
-        ("hessian", "has a negative number on its diagonal", (diagonal < 0).any(dim=1)),
-        ("hessian", "is not symmetric", lopsided),
-    ):
-        if bad.any():
-            raise ValueError(f"{name}: matrix {int(bad.nonzero()[0])} {problem}")
+    wrong = {
+        1: ~torch.isfinite(largest),
+        2: (hessian.diagonal(dim1=-2, dim2=-1) < 0).any(dim=1),
+        4: (hessian - hessian.mT).abs().amax(dim=(-2, -1)) > LOPSIDED * largest,
+    }
+    return sum(flaw * bad.int() for flaw, bad in wrong.items()).tolist()  # type: ignore[union-attr]
+
+
+def refuse_flaws(flaws: list[int]) -> None:
+    for flaw, problem in FLAWS.items():
+        refuse(torch.tensor(flaws) & flaw != 0, "hessian", problem)
+
+
+def refuse(bad: Tensor, name: str, problem: str) -> None:
+    if bad.any():
+        raise ValueError(f"{name}: matrix {int(bad.nonzero()[0])} {problem}")

@@ -10,9 +10,10 @@ zero and not looked at when reading.
 
 Shapes and dtypes: values int8 (-2^(bits-1)..2^(bits-1)-1) or uint8 (0..2^bits-1) of any shape and strides, read in
 row-major order; packed uint8 (ceil(n·bits/8),). Not differentiable. Exact: every backend gives the same bytes.
-Least traffic: n + ceil(n·bits/8) bytes each way, plus one read of n bytes for the check of the range; 0 FLOPs.
-Errors, all before a kernel runs: `TypeError` for a wrong type or dtype; `ValueError` for bits outside 1..8, a value out
-of range, a packed size that does not fit the shape, or a shape with a negative size.
+Least traffic: n + ceil(n·bits/8) bytes each way; on CUDA one read of n bytes more, for the check of the range, which
+the CPU's kernel does as it packs; 0 FLOPs.
+Errors: `TypeError` for a wrong type or dtype; `ValueError` for bits outside 1..8, a value out of range, a packed size
+that does not fit the shape, or a shape with a negative size. No values are changed by them and no stream is returned.
 """
 
 import math
@@ -112,12 +113,18 @@ def unpack_bits_reference(packed: Tensor, bits: int, shape: int | Sequence[int],
 
 @torch.library.custom_op("pgolf::pack_bits", mutates_args=())
 def _pack_bits(values: Tensor, bits: int) -> Tensor:
-    _check_range(values, bits)
+    checks.integer("bits", bits, 1, 8)  # again: this operation can be called without the public function
+    checks.tensor("values", values, (torch.int8, torch.uint8))
     if backends.choose("pack_bits", values.device.type) == "reference":
+        _check_range(values, bits)
         return pack_bits_reference(values, bits)
     values = values.contiguous()
     packed = values.new_empty(packed_size(values.numel(), bits), dtype=torch.uint8)
-    _run_native("pack_bits", values, packed, values.numel(), bits)
+    if values.is_cuda:
+        _check_range(values, bits)
+        _run_native("pack_bits", values, packed, values.numel(), bits)
+    elif not _run_native("pack_bits", values, packed, values.numel(), bits, values.dtype == torch.int8):
+        _check_range(values, bits)
     return packed
 
 
@@ -143,8 +150,7 @@ def _(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Tensor:
 
 
 def _check_range(values: Tensor, bits: int) -> None:
-    checks.integer("bits", bits, 1, 8)
-    checks.tensor("values", values, (torch.int8, torch.uint8))
+    """Refuse values that do not fit in `bits` bits, by name."""
     if bits == 8 or values.numel() == 0:
         return
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if values.dtype == torch.int8 else (0, 2**bits - 1)
@@ -156,12 +162,12 @@ def _check_range(values: Tensor, bits: int) -> None:
         )
 
 
-def _run_native(name: str, source: Tensor, target: Tensor, count: int, *arguments: int) -> None:
+def _run_native(name: str, source: Tensor, target: Tensor, count: int, *arguments: int) -> bool | None:
     """Run a function of the extension from one contiguous tensor into another, on their device."""
     if source.device.type == "cuda":
         with torch.cuda.device(source.device):
             stream = torch.cuda.current_stream().cuda_stream
             getattr(backends.native(), f"{name}_cuda")(source.data_ptr(), target.data_ptr(), count, *arguments, stream)
-    else:
-        function = getattr(backends.native(), name)
-        function(source.data_ptr(), target.data_ptr(), count, *arguments, threads=torch.get_num_threads())
+        return None
+    function = getattr(backends.native(), name)
+    return function(source.data_ptr(), target.data_ptr(), count, *arguments, threads=torch.get_num_threads())

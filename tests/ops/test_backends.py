@@ -32,7 +32,7 @@ def pack():
 def test_available_names_every_operation_and_backend():
     table = ops.available()
     assert set(table) == {
-        "gptq", "leaky_relu2_mlp", "linear_softcapped_cross_entropy", "newton_schulz", "pack_bits",
+        "gptq", "gptq_refine", "leaky_relu2_mlp", "linear_softcapped_cross_entropy", "newton_schulz", "pack_bits",
         "softcapped_cross_entropy", "unpack_bits", "unpack_dequantize",
     }  # fmt: skip
     for op, row in table.items():
@@ -41,7 +41,7 @@ def test_available_names_every_operation_and_backend():
         for name, found in row.items():
             assert isinstance(found, ops.Availability)
             assert found.ok or found.reason, f"{op} {name} gives no reason"
-    assert table["gptq"]["native"] == ops.Availability(False, "gptq has no native kernel", "")
+    assert table["newton_schulz"]["native"] == ops.Availability(False, "newton_schulz has no native kernel", "")
     triton = table["unpack_dequantize"]["triton"]
     assert triton.ok or triton.mend
 

@@ -1,5 +1,7 @@
 """Bit packing: exact round trips, the documented layout, every backend the same bytes, hostile input refused."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +106,10 @@ def test_values_out_of_range_are_refused(backend, values, bits, message):
         ops.pack_bits(torch.tensor(values, dtype=torch.int8), bits)
     with ops.backend(backend), pytest.raises(ValueError, match="accepted for uint8 are 0 to 7"):
         ops.pack_bits(torch.tensor([8], dtype=torch.uint8), 3)
+    among_many = random_values((700_001,), 6)
+    among_many[random.randrange(700_001)] = 32
+    with ops.backend(backend), pytest.raises(ValueError, match="32 does not fit in 6 bits"):
+        ops.pack_bits(among_many, 6)
 
 
 @pytest.mark.parametrize(
