@@ -8,6 +8,7 @@
 #include "build_info.h"
 #include "cpu_features.h"
 #include "pack_bits.h"
+#include "trellis.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,52 @@ void pack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, int64_
 void unpack_bits(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits, bool is_signed, int64_t threads) {
   check(src, dst, count, bits);
   pgolf::unpack_bits(source(src), target(dst), count, static_cast<int>(bits), is_signed, check_threads(threads));
+}
+
+void require_address(uintptr_t address, const char* name, int64_t count) {
+  require(address != 0 || count == 0, name, 0, "an address, or 0 where it holds nothing");
+}
+
+void check_matrix(int64_t rows, int64_t columns) {
+  require(rows >= 0, "rows", rows, "0 or more");
+  require(columns >= 0 && columns <= INT32_MAX, "columns", columns, "0 to 2147483647");
+}
+
+template <class Value>
+Value* at(uintptr_t address) {
+  return reinterpret_cast<Value*>(address);
+}
+
+void trellis_search(uintptr_t target, uintptr_t factor, uintptr_t rate, uintptr_t weight, uintptr_t indices,
+                    int64_t rows, int64_t columns, int64_t states, int64_t limit, int64_t threads) {
+  check_matrix(rows, columns);
+  require(limit >= 1 && limit <= 127, "limit", limit, "1 to 127");
+  require(states == 4 || states == 8, "states", states, "4 or 8");
+  require_address(target, "target", rows * columns);
+  require_address(factor, "factor", columns);
+  require_address(rate, "rate", 1);
+  require_address(weight, "weight", rows);
+  require_address(indices, "indices", rows * columns);
+  const pgolf::TrellisSearch search = {at<const float>(target), at<const float>(factor), at<const float>(rate),
+                                       at<const float>(weight), at<int8_t>(indices),     rows,
+                                       columns,                 static_cast<int>(limit)};
+  pgolf::trellis_search(search, static_cast<int>(states), check_threads(threads));
+}
+
+void trellis_dequantize(uintptr_t indices, uintptr_t scale, uintptr_t order, uintptr_t out, int64_t rows,
+                        int64_t columns, int64_t states, int64_t threads) {
+  check_matrix(rows, columns);
+  require(states == 4 || states == 8, "states", states, "4 or 8");
+  require_address(indices, "indices", rows * columns);
+  require_address(scale, "scale", rows);
+  require_address(order, "order", columns);
+  require_address(out, "out", rows * columns);
+  for (int64_t j = 0; j < columns; ++j) {
+    const int64_t column = at<const int32_t>(order)[j];
+    require(column >= 0 && column < columns, "order", column, "a column");
+  }
+  pgolf::trellis_dequantize(at<const int8_t>(indices), at<const float>(scale), at<const int32_t>(order), at<float>(out),
+                            rows, columns, static_cast<int>(states), check_threads(threads));
 }
 
 #if PGOLF_CUDA
@@ -88,6 +135,12 @@ PYBIND11_MODULE(_native, module) {
              "Packs the low `bits` bits of `count` bytes at `src` into ceil(count * bits / 8) bytes at `dst`.");
   module.def("unpack_bits", &unpack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "threads"_a = 1,
              Unlocked(), "The inverse of pack_bits: `count` bytes at `dst`, sign-extended when `signed`.");
+  module.def("trellis_search", &trellis_search, "target"_a, "factor"_a, "rate"_a, "weight"_a, "indices"_a, "rows"_a,
+             "columns"_a, "states"_a, "limit"_a, "threads"_a = 1, Unlocked(),
+             "Indices int8 [rows][columns] of the float32 target of that shape; see csrc/trellis.h.");
+  module.def("trellis_dequantize", &trellis_dequantize, "indices"_a, "scale"_a, "order"_a, "out"_a, "rows"_a,
+             "columns"_a, "states"_a, "threads"_a = 1, Unlocked(),
+             "The float32 weights [rows][columns] that indices of trellis_search mean; see csrc/trellis.h.");
 #if PGOLF_CUDA
   module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
              "pack_bits on device addresses of the current CUDA device, queued on `stream`.");
