@@ -30,8 +30,8 @@ whose residuals then are x_t - e U_jt. In the end the cheapest path wins, the lo
 rates and search twice more costs three times as much and, on the same matrices at equal entropy, 1.5% more loss.)
 
 Shapes and dtypes: weight (M, N) or bank (B, M, N), hessian (N, N) or (B, N, N); floating, on the CPU for the native
-search, which works in float32. The definition works in float64 if weight or hessian does. Indices agree except where two
-paths cost the same within rounding. Not differentiable.
+search, which works in float32. The definition works in float64 if weight or hessian does. Indices agree except where
+two paths cost the same within rounding. Not differentiable.
 Cost a matrix: 2/3 N³ FLOPs to factor and solve, M N² + 96 · states · M N to search (native).
 Edges: as for GPTQ, but a dead column is rounded by the path, and a row without variance is not exact.
 Sources: dependent quantisation, as in video coding (ITU-T H.266); GPTQ, Frantar et al., arXiv 2210.17323.
@@ -39,6 +39,7 @@ Sources: dependent quantisation, as in video coding (ITU-T H.266); GPTQ, Frantar
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,7 +67,11 @@ class Trellis:
     scale: Tensor  # float16, (M,) or (B, M)
     order: Tensor  # int8, (N,) or (B, N): the class of each column, 0..3
     states: int
-    entropy_bits: float  # a weight, of the index given its quantiser, over all of indices; order and scale not counted
+
+    @cached_property
+    def entropy_bits(self) -> float:
+        """Bits a weight of the index given its quantiser, by the frequencies in all of indices; no order, no scale."""
+        return _entropy(self.indices, quantisers_of(self.indices, self.order, self.states))
 
     def dequantize(self) -> Tensor:
         """The weights in float32."""
@@ -126,7 +131,8 @@ def trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: in
 
 def trellis_dequantize_reference(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
     """The definition in plain PyTorch; arguments as for `trellis_dequantize`."""
-    levels = _levels(indices, quantisers_of(indices, order, states))
+    wide = indices.to(torch.int16)
+    levels = 2 * wide - quantisers_of(indices, order, states) * wide.sign()
     return levels.to(torch.float32) * scale.to(torch.float32).unsqueeze(-1)
 
 
@@ -136,7 +142,7 @@ def quantisers_of(indices: Tensor, order: Tensor, states: int) -> Tensor:
     odd = indices.gather(-1, columns).long() & 1
     following = torch.tensor(NEXT[states], device=indices.device)
     quantiser = torch.tensor(QUANTISER[states], device=indices.device, dtype=torch.int8)
-    state = torch.zeros_like(odd[..., 0])
+    state = odd.new_zeros(odd.shape[:-1])
     found = torch.empty_like(indices)
     for j in range(indices.shape[-1]):
         found[..., j] = quantiser[state]
@@ -180,7 +186,7 @@ def _quantize(
     order = torch.zeros(*weight.shape[:-2], weight.shape[-1], dtype=torch.int8, device=weight.device)
     if weight.numel() == 0:
         empty = torch.zeros_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
-        return Trellis(empty, weight.new_zeros(weight.shape[:-1], dtype=torch.float16), order, states, 0.0)
+        return Trellis(empty, weight.new_zeros(weight.shape[:-1], dtype=torch.float16), order, states)
     bank = weight.to(dtype).reshape(-1, *weight.shape[-2:])  # (B, M, N)
     count, _, columns = bank.shape
     h = hessian.to(dtype).expand(count, columns, columns)
@@ -204,8 +210,7 @@ def _quantize(
         search = _search_native if native else _search
         indices[i][:, taken[i]] = search(target, factor[i], rate, lagrangian[i], states, limit)
     indices, order = indices.reshape(weight.shape), classes.to(torch.int8).reshape(order.shape)
-    scale = scale.reshape(weight.shape[:-1])
-    return Trellis(indices, scale, order, states, _entropy(indices, quantisers_of(indices, order, states)))
+    return Trellis(indices, scale.reshape(weight.shape[:-1]), order, states)
 
 
 def _search_native(target: Tensor, factor: Tensor, rate: Tensor, weight: Tensor, states: int, limit: int) -> Tensor:
@@ -257,22 +262,17 @@ def _search(target: Tensor, factor: Tensor, rate: Tensor, weight: Tensor, states
         chosen[j], parents[j] = index, parent
         residual = residual.gather(1, parent.unsqueeze(2).expand_as(residual))
         residual[:, :, j + 1 :] -= error.unsqueeze(2) * factor[j, j + 1 :]
-    state = cost.argmin(dim=1, keepdim=True)
+    last = cost.argmin(dim=1, keepdim=True)
     indices = torch.empty(rows, columns, dtype=torch.int8, device=device)
     for j in reversed(range(columns)):
-        indices[:, j] = chosen[j].gather(1, state).squeeze(1)
-        state = parents[j].gather(1, state)
+        indices[:, j] = chosen[j].gather(1, last).squeeze(1)
+        last = parents[j].gather(1, last)
     return indices
 
 
 def _cheaper(first, second):
     """Of two (cost, error, index), element by element, the second where it costs less."""
     return [torch.where(second[0] < first[0], b, a) for a, b in zip(first, second, strict=True)]
-
-
-def _levels(indices: Tensor, quantisers: Tensor) -> Tensor:
-    wide = indices.to(torch.int16)
-    return 2 * wide - quantisers * wide.sign()
 
 
 def _counts(indices: Tensor, limit: int) -> Tensor:
@@ -295,7 +295,7 @@ def _entropy(indices: Tensor, quantisers: Tensor) -> float:
     for quantiser in (0, 1):
         count = _counts(indices[quantisers == quantiser], 128)
         bits -= torch.special.xlogy(count, count / count.sum().clamp_min(1)).sum().item() / math.log(2)
-    return bits / indices.numel()
+    return bits / max(indices.numel(), 1)
 
 
 def _check_arguments(
