@@ -75,20 +75,31 @@ void trellis_search(uintptr_t target, uintptr_t factor, uintptr_t rate, uintptr_
   pgolf::trellis_search(search, static_cast<int>(states), check_threads(threads));
 }
 
-void trellis_dequantize(uintptr_t indices, uintptr_t scale, uintptr_t order, uintptr_t out, int64_t rows,
-                        int64_t columns, int64_t states, int64_t threads) {
+pgolf::TrellisBank check_bank(uintptr_t classes, int64_t matrices, int64_t rows, int64_t columns, int64_t states) {
   check_matrix(rows, columns);
+  require(matrices >= 0, "matrices", matrices, "0 or more");
   require(states == 4 || states == 8, "states", states, "4 or 8");
-  require_address(indices, "indices", rows * columns);
-  require_address(scale, "scale", rows);
-  require_address(order, "order", columns);
-  require_address(out, "out", rows * columns);
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t column = at<const int32_t>(order)[j];
-    require(column >= 0 && column < columns, "order", column, "a column");
-  }
-  pgolf::trellis_dequantize(at<const int8_t>(indices), at<const float>(scale), at<const int32_t>(order), at<float>(out),
-                            rows, columns, static_cast<int>(states), check_threads(threads));
+  require_address(classes, "classes", matrices * columns);
+  return {matrices, rows, columns, at<const int8_t>(classes)};
+}
+
+void trellis_dequantize(uintptr_t indices, uintptr_t scale, uintptr_t classes, uintptr_t out, int64_t matrices,
+                        int64_t rows, int64_t columns, int64_t states, int64_t threads) {
+  const pgolf::TrellisBank bank = check_bank(classes, matrices, rows, columns, states);
+  require_address(indices, "indices", matrices * rows * columns);
+  require_address(scale, "scale", matrices * rows);
+  require_address(out, "out", matrices * rows * columns);
+  pgolf::trellis_dequantize(bank, at<const int8_t>(indices), at<const float>(scale), at<float>(out),
+                            static_cast<int>(states), check_threads(threads));
+}
+
+template <auto* function>
+void trellis_reorder(uintptr_t from, uintptr_t classes, uintptr_t to, int64_t matrices, int64_t rows, int64_t columns,
+                     int64_t states) {
+  const pgolf::TrellisBank bank = check_bank(classes, matrices, rows, columns, states);
+  require_address(from, "from", matrices * rows * columns);
+  require_address(to, "to", matrices * rows * columns);
+  function(bank, at<const int8_t>(from), at<int8_t>(to), static_cast<int>(states));
 }
 
 #if PGOLF_CUDA
@@ -138,9 +149,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("trellis_search", &trellis_search, "target"_a, "factor"_a, "rate"_a, "weight"_a, "indices"_a, "rows"_a,
              "columns"_a, "states"_a, "limit"_a, "threads"_a = 1, Unlocked(),
              "Indices int8 [rows][columns] of the float32 target of that shape; see csrc/trellis.h.");
-  module.def("trellis_dequantize", &trellis_dequantize, "indices"_a, "scale"_a, "order"_a, "out"_a, "rows"_a,
-             "columns"_a, "states"_a, "threads"_a = 1, Unlocked(),
-             "The float32 weights [rows][columns] that indices of trellis_search mean; see csrc/trellis.h.");
+  module.def("trellis_dequantize", &trellis_dequantize, "indices"_a, "scale"_a, "classes"_a, "out"_a,
+             "matrices"_a, "rows"_a, "columns"_a, "states"_a, "threads"_a = 1, Unlocked(),
+             "The float32 weights [matrices][rows][columns] that indices of trellis_search mean; see csrc/trellis.h.");
+  module.def("trellis_split", &trellis_reorder<&pgolf::trellis_split>, "indices"_a, "classes"_a, "stream"_a,
+             "matrices"_a, "rows"_a, "columns"_a, "states"_a, Unlocked(),
+             "Indices int8 [matrices][rows][columns] parted by quantiser; see csrc/trellis.h.");
+  module.def("trellis_merge", &trellis_reorder<&pgolf::trellis_merge>, "stream"_a, "classes"_a, "indices"_a,
+             "matrices"_a, "rows"_a, "columns"_a, "states"_a, Unlocked(), "The inverse of trellis_split.");
 #if PGOLF_CUDA
   module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
              "pack_bits on device addresses of the current CUDA device, queued on `stream`.");

@@ -163,6 +163,25 @@ void in_threads(int64_t threads, Work work) {
   for (std::thread& each : pool) each.join();
 }
 
+// Calls index = visit(row, place, quantiser) for every index of the rows [first, last) of the bank, as the machine
+// takes them.
+template <class Visit>
+void walk(const TrellisBank& bank, const Machine& m, int64_t first, int64_t last, Visit visit) {
+  std::vector<int32_t> order(bank.columns);
+  for (int64_t row = first; row < last; ++row) {
+    if (row == first || row % bank.rows == 0) {
+      const int8_t* classes = bank.classes + row / bank.rows * bank.columns;
+      int32_t* next = order.data();
+      for (int each = 0; each < 4; ++each)
+        for (int32_t j = 0; j < bank.columns; ++j)
+          if ((classes[j] & 3) == each) *next++ = j;
+    }
+    int state = 0;
+    for (const int32_t column : order)
+      state = m.next[state][visit(row, row * bank.columns + column, m.quantiser[state]) & 1];
+  }
+}
+
 }  // namespace
 
 const Machine& machine(int states) {
@@ -197,22 +216,36 @@ void trellis_search(const TrellisSearch& s, int states, int threads) {
   });
 }
 
-void trellis_dequantize(const int8_t* indices, const float* scale, const int32_t* order, float* out, int64_t rows,
-                        int64_t columns, int states, int threads) {
+void trellis_dequantize(const TrellisBank& bank, const int8_t* indices, const float* scale, float* out, int states,
+                        int threads) {
   const Machine& m = machine(states);
-  const int64_t used = std::max<int64_t>(1, std::min<int64_t>({threads, rows, rows * columns / values_a_thread / 256}));
-  std::atomic<int64_t> next_row{0};
-  in_threads(used, [&] {
-    for (int64_t row; (row = next_row++) < rows;) {
-      const int8_t* from = indices + row * columns;
-      float* to = out + row * columns;
-      int state = 0;
-      for (int64_t j = 0; j < columns; ++j) {
-        const int index = from[order[j]];
-        to[order[j]] = static_cast<float>(level_of(index, m.quantiser[state])) * scale[row];
-        state = m.next[state][index & 1];
-      }
+  const int64_t rows = bank.matrices * bank.rows;
+  const int64_t parts = std::max<int64_t>(
+      1, std::min<int64_t>({threads, rows, rows * bank.columns / values_a_thread / 256}));
+  std::atomic<int64_t> next_part{0};
+  in_threads(parts, [&] {
+    for (int64_t part; (part = next_part++) < parts;) {
+      walk(bank, m, rows * part / parts, rows * (part + 1) / parts, [&](int64_t row, int64_t at, int quantiser) {
+        out[at] = static_cast<float>(level_of(indices[at], quantiser)) * scale[row];
+        return indices[at];
+      });
     }
+  });
+}
+
+void trellis_split(const TrellisBank& bank, const int8_t* indices, int8_t* stream, int states) {
+  const int64_t rows = bank.matrices * bank.rows;
+  int8_t *front = stream, *back = stream + rows * bank.columns;
+  walk(bank, machine(states), 0, rows, [&](int64_t, int64_t at, int quantiser) {
+    return *(quantiser ? --back : front++) = indices[at];
+  });
+}
+
+void trellis_merge(const TrellisBank& bank, const int8_t* stream, int8_t* indices, int states) {
+  const int64_t rows = bank.matrices * bank.rows;
+  const int8_t *front = stream, *back = stream + rows * bank.columns;
+  walk(bank, machine(states), 0, rows, [&](int64_t, int64_t at, int quantiser) {
+    return indices[at] = *(quantiser ? --back : front++);
   });
 }
 

@@ -35,9 +35,20 @@ struct TrellisSearch {
 // Results do not depend on `threads`, an upper limit, nor on the level (cpu_features.h).
 void trellis_search(const TrellisSearch& search, int states, int threads);
 
-// out[r][order[j]] = scale[r] * level of indices[r][order[j]], the machine taking j = 0, 1, ...; order[columns] holds
-// each column once. Reads and writes 5 bytes a weight.
-void trellis_dequantize(const int8_t* indices, const float* scale, const int32_t* order, float* out, int64_t rows,
-                        int64_t columns, int states, int threads);
+struct TrellisBank {
+  int64_t matrices, rows, columns;
+  const int8_t* classes;  // [matrices][columns], of 0 to 3: the machine takes columns by class, in a class as they come
+};
+
+// out[..., r, j] = scale[..., r] * level of indices[..., r, j]. Reads and writes 5 bytes a weight.
+void trellis_dequantize(const TrellisBank& bank, const int8_t* indices, const float* scale, float* out, int states,
+                        int threads);
+
+// The indices [matrices][rows][columns] parted by quantiser, in the order of the machine: those under quantiser 0 from
+// the front of `stream`, those under quantiser 1 from its end backwards. Each of the two moves 2 bytes an index.
+void trellis_split(const TrellisBank& bank, const int8_t* indices, int8_t* stream, int states);
+
+// The inverse. Any `stream` is that of some indices.
+void trellis_merge(const TrellisBank& bank, const int8_t* stream, int8_t* indices, int states);
 
 }  // namespace pgolf

@@ -44,19 +44,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pgolf.ops import backends, checks
+from pgolf.ops import backends
 from pgolf.ops.gptq import _check, _check_values, _inverse_factor, _row_scale
+from pgolf.ops.trellis_dequantize import NEXT, QUANTISER, check_states, quantisers_of, trellis_dequantize
 
-# next state for even, odd index; and the quantiser of each state
-NEXT = {
-    4: ((0, 2), (2, 0), (1, 3), (3, 1)),
-    8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)),
-}
-QUANTISER = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
 CLASSES = 4  # of columns, in the order of the machine
 
 backends.register("trellis_quantize", native=("cpu",))
-backends.register("trellis_dequantize", native=("cpu",))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,61 +108,6 @@ def trellis_quantize_reference(
 ) -> Trellis:
     """The definition in plain PyTorch; arguments as for `trellis_quantize`."""
     return _quantize(weight, hessian, clip_sigmas, bits, states, rate_weight, damping, native=False)
-
-
-def trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
-    """The weights that indices mean, in float32.
-
-    Args:
-        indices: int8 (M, N) or (B, M, N).
-        scale: floating (M,) or (B, M).
-        order: int8 (N,) or (B, N), classes 0..3 of the columns.
-        states: 4 or 8, as quantised.
-    """
-    _check_indices(indices, scale, order, states)
-    return _trellis_dequantize(indices, scale, order, states)
-
-
-def trellis_dequantize_reference(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
-    """The definition in plain PyTorch; arguments as for `trellis_dequantize`."""
-    wide = indices.to(torch.int16)
-    levels = 2 * wide - quantisers_of(indices, order, states) * wide.sign()
-    return levels.to(torch.float32) * scale.to(torch.float32).unsqueeze(-1)
-
-
-def quantisers_of(indices: Tensor, order: Tensor, states: int) -> Tensor:
-    """Quantiser 0 or 1 of every index, int8 like `indices`: what a coder of indices knows beside them."""
-    columns = order.long().argsort(dim=-1, stable=True).unsqueeze(-2).expand_as(indices)
-    odd = indices.gather(-1, columns).long() & 1
-    following = torch.tensor(NEXT[states], device=indices.device)
-    quantiser = torch.tensor(QUANTISER[states], device=indices.device, dtype=torch.int8)
-    state = odd.new_zeros(odd.shape[:-1])
-    found = torch.empty_like(indices)
-    for j in range(indices.shape[-1]):
-        found[..., j] = quantiser[state]
-        state = following[state, odd[..., j]]
-    return torch.empty_like(indices).scatter_(-1, columns, found)
-
-
-@torch.library.custom_op("pgolf::trellis_dequantize", mutates_args=())
-def _trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
-    _check_indices(indices, scale, order, states)  # again: this operation can be called without the public function
-    if backends.choose("trellis_dequantize", indices.device.type) == "reference" or not indices.numel():
-        return trellis_dequantize_reference(indices, scale, order, states)
-    columns = order.long().argsort(dim=-1, stable=True).int().reshape(-1, indices.shape[-1])
-    matrices, scale = indices.contiguous().reshape(-1, *indices.shape[-2:]), scale.float().contiguous()
-    scales = scale.reshape(-1, indices.shape[-2])
-    out = torch.empty(matrices.shape, dtype=torch.float32)
-    rows, width = matrices.shape[1:]
-    for i in range(len(matrices)):
-        addresses = (each[i].data_ptr() for each in (matrices, scales, columns, out))
-        backends.native().trellis_dequantize(*addresses, rows, width, states, threads=torch.get_num_threads())
-    return out.reshape(indices.shape)
-
-
-@_trellis_dequantize.register_fake
-def _(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
-    return torch.empty_like(indices, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -302,27 +241,8 @@ def _check_arguments(
     weight: Tensor, hessian: Tensor, clip_sigmas: float, bits: int, states: int, rate_weight: float, damping: float
 ) -> None:
     _check(weight, hessian, bits, clip_sigmas, damping, act_order=True, block_size=1)
-    _check_states(states)
+    check_states(states)
     if isinstance(rate_weight, bool) or not isinstance(rate_weight, (int, float)):
         raise TypeError(f"rate_weight: expected a float, got {type(rate_weight).__name__}")
     if not 0 <= rate_weight < math.inf:
         raise ValueError(f"rate_weight: {rate_weight} is not accepted; it must be 0 or more and finite")
-
-
-def _check_states(states: int) -> None:
-    if isinstance(states, bool) or not isinstance(states, int):
-        raise TypeError(f"states: expected an int, got {type(states).__name__}")
-    if states not in NEXT:
-        raise ValueError(f"states: {states} is not accepted; accepted are 4 and 8")
-
-
-def _check_indices(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> None:
-    checks.tensor("indices", indices, (torch.int8,))
-    checks.tensor("scale", scale, checks.FLOATS)
-    checks.tensor("order", order, (torch.int8,))
-    if indices.ndim not in (2, 3):
-        raise ValueError(f"indices: shape {tuple(indices.shape)} is not accepted; expected (M, N) or (B, M, N)")
-    checks.shape("scale", scale, tuple(indices.shape[:-1]), "one scale a row")
-    checks.shape("order", order, (*indices.shape[:-2], indices.shape[-1]), "one class a column")
-    checks.same_device("indices", indices, scale=scale, order=order)
-    _check_states(states)
