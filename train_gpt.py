@@ -81,9 +81,10 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.seconds["train"] = trainer.used_seconds - before
     with run.timed("calibration"):
         seconds_left, rises = trainer.countdown(), {}
+        probing = settings.gptq_reserve_seconds / 2 if settings.artifact_bytes else 0.0
+        hessians = collect_hessians(model, trainer.calibration_batches(), ranks, lambda: seconds_left() - probing)
         if settings.artifact_bytes:
-            rises = measure_rises(model, islice(trainer.calibration_batches(), PROBE_ROWS), settings, ranks)
-        hessians = collect_hessians(model, trainer.calibration_batches(), ranks, seconds_left)
+            rises = measure_rises(model, hessians, islice(trainer.calibration_batches(), PROBE_ROWS), settings, ranks)
     used = trainer.used_seconds + run.seconds["calibration"]
     run.note(
         steps=trainer.step,

@@ -63,7 +63,6 @@ def rows_of(folder: Path, ranks, work: Path):
         ).bpb
 
     hessians = collect_hessians(model, batches(), ranks, lambda: float("inf"))
-    rises = measure_rises(model, itertools.islice(batches(), PROBE_ROWS), settings, ranks)
     path = work / "model.pgolf"
 
     def write(tensors):
@@ -94,6 +93,7 @@ def rows_of(folder: Path, ranks, work: Path):
         if name == "rtn":
             continue
         chosen = chosen.model_copy(update={"artifact_bytes": wanted})
+        rises = measure_rises(model, hessians, itertools.islice(batches(), PROBE_ROWS), chosen, ranks)
         begin = time.perf_counter()
         found = quantize_to_size(model, hessians, chosen, rises, write)
         seconds = time.perf_counter() - begin

@@ -15,7 +15,6 @@ from pgolf.artifact import Artifact, ByteCount, StoredTensor
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
 from pgolf.model import Model, ModelConfig, role_of
-from pgolf.quantizers import QUANTIZERS
 from pgolf.rate_budget import Coded, Fit
 from pgolf.settings import Settings, validate
 
@@ -67,8 +66,7 @@ def quantize(
             continue
         bits = rate_budget.bits_of(name, settings)
         clip_sigmas = (clips or {}).get(name, rate_budget.clip_of(name, settings))
-        hessian = hessians[name] if weight.ndim == 3 else hessians[name][0]
-        found = QUANTIZERS[settings.quantizer](weight, hessian, bits, clip_sigmas, settings.gptq_damping)
+        found = rate_budget.quantize_tensor(name, weight, hessians, settings, clip_sigmas)
         stored.append(StoredTensor(name, role, shape, found.values, found.scale, bits, found.order, found.states))
     return stored
 
@@ -84,26 +82,17 @@ def quantize_to_size(
 
     `rises` are those of `rate_budget.measure_rises`.
     """
-    parameters = {name: p.detach().float().cpu() for name, p in model.named_parameters() if name in hessians}
+    counts = {name: p.numel() for name, p in model.named_parameters() if name in hessians}
+    last: dict[str, float] = {}
 
     def code(clips: dict[str, float]) -> Coded:
-        tensors = quantize(model, hessians, settings, clips)
-        count = write(tensors)
-        sizes = {name: count.streams[f"{name}:values"] for name in clips}
-        losses = {
-            each.name: rate_budget.proxy_loss(parameters[each.name], each.dequantize(), hessians[each.name])
-            for each in tensors
-            if each.name in clips
-        }
+        count = write(quantize(model, hessians, settings, clips))
         last.clear()
         last.update(clips)
-        return Coded(count.total, sizes, losses)
+        return Coded(count.total, {name: count.streams[f"{name}:values"] for name in clips})
 
-    last: dict[str, float] = {}
-    clips = {name: rate_budget.clip_of(name, settings) for name in parameters}
-    counts = {name: weight.numel() for name, weight in parameters.items()}
-    weights = rate_budget.weights_of(rises, parameters, hessians, settings)
-    found = rate_budget.fit(code, clips, counts, weights, settings.artifact_bytes)
+    clips = {name: rate_budget.clip_of(name, settings) for name in counts}
+    found = rate_budget.fit(code, clips, counts, rises, settings.artifact_bytes)
     if last != found.clips:
         write(quantize(model, hessians, settings, found.clips))
     return found
