@@ -13,7 +13,7 @@ from torch import Tensor
 from pgolf import ops
 from pgolf.ops.gptq import _row_scale
 
-TRELLIS_CLIP = 0.495  # clip_sigmas of a trellis as large as GPTQ's artifact: its index steps over two steps of the grid
+TRELLIS_CLIP = 0.512  # of GPTQ's clip_sigmas, for as many bytes: an index steps over two steps of the grid
 TRELLIS_STATES = 8
 
 
