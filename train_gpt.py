@@ -8,6 +8,8 @@ Every setting of pgolf/settings.py is an environment variable of its upper-case 
 
 import os
 import sys
+from functools import partial
+from itertools import islice
 
 # Before torch loads its threads: waiting ones spin this long, then sleep. By default they spin on, and on a busy CPU a
 # step of the demo took 3.4 s instead of 0.6 s; on an idle one this costs nothing.
@@ -24,7 +26,8 @@ from pgolf.errors import PgolfError
 from pgolf.evaluate import Score, evaluate
 from pgolf.machine import compute_dtype, keep_freed_memory
 from pgolf.model import Model, ModelConfig
-from pgolf.quantize import collect_hessians, model_from_artifact, quantize
+from pgolf.quantize import collect_hessians, model_from_artifact, quantize, quantize_to_size
+from pgolf.rate_budget import PROBE_ROWS, measure_rises
 from pgolf.run import Run, settings_of_run
 from pgolf.settings import Settings
 from pgolf.size import code_bytes
@@ -77,7 +80,11 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     trainer.train(validate=lambda: score(model))
     run.seconds["train"] = trainer.used_seconds - before
     with run.timed("calibration"):
-        hessians = collect_hessians(model, trainer.calibration_batches(), ranks, trainer.countdown())
+        seconds_left, rises = trainer.countdown(), {}
+        probing = settings.gptq_reserve_seconds / 2 if settings.artifact_bytes else 0.0
+        hessians = collect_hessians(model, trainer.calibration_batches(), ranks, lambda: seconds_left() - probing)
+        if settings.artifact_bytes:
+            rises = measure_rises(model, hessians, islice(trainer.calibration_batches(), PROBE_ROWS), settings, ranks)
     used = trainer.used_seconds + run.seconds["calibration"]
     run.note(
         steps=trainer.step,
@@ -92,15 +99,21 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     # Quantise and write the artifact
     artifact_path = run.folder / "model.pgolf"
     if ranks.first:
-        with run.timed("quantize"):
-            tensors = quantize(model, hessians, settings)
-        with run.timed("pack"):
-            metadata = {
-                "model": config.as_dict(),
-                "train_seq_len": settings.train_seq_len,
-                "tokenizer_sha256": data.tokenizer.sha256,
-            }
-            write_artifact(artifact_path, tensors, metadata)
+        metadata = {
+            "model": config.as_dict(),
+            "train_seq_len": settings.train_seq_len,
+            "tokenizer_sha256": data.tokenizer.sha256,
+        }
+        if settings.artifact_bytes:
+            with run.timed("quantize"):
+                write = partial(write_artifact, artifact_path, metadata=metadata)
+                fitted = quantize_to_size(model, hessians, settings, rises, write)
+            run.log(f"artifact:{fitted.total} of {settings.artifact_bytes} bytes after {fitted.codings} codings")
+        else:
+            with run.timed("quantize"):
+                tensors = quantize(model, hessians, settings)
+            with run.timed("pack"):
+                write_artifact(artifact_path, tensors, metadata)
     ranks.wait()
 
     # Score the weights as trained, then the file alone

@@ -10,6 +10,7 @@
 #include "gptq.h"
 #include "gptq_refine.h"
 #include "pack_bits.h"
+#include "trellis.h"
 
 namespace py = pybind11;
 
@@ -113,6 +114,58 @@ void refine(uintptr_t weight, uintptr_t hessians, uintptr_t values, uintptr_t sc
                 check_threads(threads));
 }
 
+void require_address(uintptr_t address, const char* name, int64_t count) {
+  require(address != 0 || count == 0, name, 0, "an address, or 0 where it holds nothing");
+}
+
+void check_matrix(int64_t rows, int64_t columns) {
+  require(rows >= 0, "rows", rows, "0 or more");
+  require(columns >= 0 && columns <= INT32_MAX, "columns", columns, "0 to 2147483647");
+}
+
+void trellis_search(uintptr_t target, uintptr_t factor, uintptr_t rate, uintptr_t weight, uintptr_t indices,
+                    int64_t rows, int64_t columns, int64_t states, int64_t limit, int64_t threads) {
+  check_matrix(rows, columns);
+  require(limit >= 1 && limit <= 127, "limit", limit, "1 to 127");
+  require(states == 4 || states == 8, "states", states, "4 or 8");
+  require_address(target, "target", rows * columns);
+  require_address(factor, "factor", columns);
+  require_address(rate, "rate", 1);
+  require_address(weight, "weight", rows);
+  require_address(indices, "indices", rows * columns);
+  const pgolf::TrellisSearch search = {pointer<const float>(target), pointer<const float>(factor), pointer<const float>(rate),
+                                       pointer<const float>(weight), pointer<int8_t>(indices),     rows,
+                                       columns,                 static_cast<int>(limit)};
+  pgolf::trellis_search(search, static_cast<int>(states), check_threads(threads));
+}
+
+pgolf::TrellisBank check_bank(uintptr_t classes, int64_t matrices, int64_t rows, int64_t columns, int64_t states) {
+  check_matrix(rows, columns);
+  require(matrices >= 0, "matrices", matrices, "0 or more");
+  require(states == 4 || states == 8, "states", states, "4 or 8");
+  require_address(classes, "classes", matrices * columns);
+  return {matrices, rows, columns, pointer<const int8_t>(classes)};
+}
+
+void trellis_dequantize(uintptr_t indices, uintptr_t scale, uintptr_t classes, uintptr_t out, int64_t matrices,
+                        int64_t rows, int64_t columns, int64_t states, int64_t threads) {
+  const pgolf::TrellisBank bank = check_bank(classes, matrices, rows, columns, states);
+  require_address(indices, "indices", matrices * rows * columns);
+  require_address(scale, "scale", matrices * rows);
+  require_address(out, "out", matrices * rows * columns);
+  pgolf::trellis_dequantize(bank, pointer<const int8_t>(indices), pointer<const float>(scale), pointer<float>(out),
+                            static_cast<int>(states), check_threads(threads));
+}
+
+template <auto* function>
+void trellis_reorder(uintptr_t from, uintptr_t classes, uintptr_t to, int64_t matrices, int64_t rows, int64_t columns,
+                     int64_t states) {
+  const pgolf::TrellisBank bank = check_bank(classes, matrices, rows, columns, states);
+  require_address(from, "from", matrices * rows * columns);
+  require_address(to, "to", matrices * rows * columns);
+  function(bank, pointer<const int8_t>(from), pointer<int8_t>(to), static_cast<int>(states));
+}
+
 #if PGOLF_CUDA
 void throw_if_any(const std::string& problem) {
   if (!problem.empty()) throw std::runtime_error("CUDA: " + problem);
@@ -190,6 +243,17 @@ PYBIND11_MODULE(_native, module) {
   module.def("refine", &refine, "weight"_a, "hessians"_a, "values"_a, "scale"_a, "count"_a, "rows"_a, "n"_a, "limit"_a,
              "sweeps"_a, "refits"_a, "threads"_a = 1, Unlocked(),
              "Coordinate descent on `values` and `scale` (float32), both in place.");
+  module.def("trellis_search", &trellis_search, "target"_a, "factor"_a, "rate"_a, "weight"_a, "indices"_a, "rows"_a,
+             "columns"_a, "states"_a, "limit"_a, "threads"_a = 1, Unlocked(),
+             "Indices int8 [rows][columns] of the float32 target of that shape; see csrc/trellis.h.");
+  module.def("trellis_dequantize", &trellis_dequantize, "indices"_a, "scale"_a, "classes"_a, "out"_a,
+             "matrices"_a, "rows"_a, "columns"_a, "states"_a, "threads"_a = 1, Unlocked(),
+             "The float32 weights [matrices][rows][columns] that indices of trellis_search mean; see csrc/trellis.h.");
+  module.def("trellis_split", &trellis_reorder<&pgolf::trellis_split>, "indices"_a, "classes"_a, "stream"_a,
+             "matrices"_a, "rows"_a, "columns"_a, "states"_a, Unlocked(),
+             "Indices int8 [matrices][rows][columns] parted by quantiser; see csrc/trellis.h.");
+  module.def("trellis_merge", &trellis_reorder<&pgolf::trellis_merge>, "stream"_a, "classes"_a, "indices"_a,
+             "matrices"_a, "rows"_a, "columns"_a, "states"_a, Unlocked(), "The inverse of trellis_split.");
 #if PGOLF_CUDA
   module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
              "pack_bits on device addresses of the current CUDA device, queued on `stream`.");

@@ -1,10 +1,10 @@
 """The artifact: one file `*.pgolf` that holds a model's tensors in as few bytes as the codecs allow. No pickle.
 
-Layout of the file, version 1. Integers are little-endian and unsigned; CRC is the CRC-32 of zlib.
+Layout of the file, version 2. Integers are little-endian and unsigned; CRC is the CRC-32 of zlib.
 
     offset  bytes  what
     0       8      magic: 89 50 47 4f 4c 46 0d 0a
-    8       4      version: 1
+    8       4      version: 2
     12      4      m, bytes of the manifest as stored
     16      4      bytes of the manifest after decompression, at most 256 KiB
     20      4      CRC of bytes 0..19 followed by the stored manifest
@@ -25,8 +25,21 @@ these members:
     bits    2..8: quantised to integers of so many bits, two's complement; 16, 32: IEEE floats of that width
     values  [codec, layout] of the stream of the tensor's values in row-major order
     scale   [codec, layout] of the stream of float16 scales of shape[:-1]; quantised tensors have it, floats do not
+    states  quantised tensors only: 0, or 4 or 8 for a trellis of so many states
+    order   [codec, layout] of the stream of 2-bit numbers, one a column of each matrix; a trellis has it, nothing else
 
-A quantised weight is worth value * scale of its row. Streams come in the order of the tensors, values before scale.
+A quantised weight is worth value * scale of its row; in a trellis, which has 2 or 3 dimensions and at most 65536
+columns, (2 * value - q * sign(value)) * scale. q is 0 or 1. To find it, take the columns of a matrix by ascending
+order, equals as they come. Each row starts in state 0; a value leads from its state to one of two others, the second
+where it is odd; and q follows from the state:
+
+    4 states    next (0,2) (2,0) (1,3) (3,1)                             q 0 0 1 1
+    8 states    next (0,2) (5,7) (1,3) (6,4) (2,0) (4,6) (3,1) (7,5)     q 0 1 0 1 0 1 0 1
+
+The stream of a trellis's values holds them as taken, matrix by matrix and row by row, those with q = 0 from its first
+value on, those with q = 1 from its last value backwards.
+
+Streams come in the order of the tensors: values, scale, order.
 The shape says how many values a stream holds, and bits and layout how many bytes that is, so there are no lengths to
 disagree. layout is plain, packed (2..7 bits) or planes (16 and 32 bits), explained in `pgolf/streams.py`; codec is
 stored, brotli or zstd (one frame that states its content size). A stream without values is stored and empty. Members,
@@ -53,17 +66,20 @@ from pgolf.errors import ArtifactError
 from pgolf.files import replacing
 from pgolf.manifest import (
     MANIFEST_LIMIT_BYTES,
+    ORDER_BITS,
     QUANTISED_BITS,
     ROLES,
     Entry,
     check_description,
     check_metadata,
     check_together,
+    order_shape,
+    parts_of,
     read_manifest,
 )
 
 MAGIC = b"\x89PGOLF\r\n"
-VERSION = 1
+VERSION = 2
 DEFAULT_LIMIT_BYTES = 160 * 1024**2
 
 _HEADER = struct.Struct("<8sIII")
@@ -76,7 +92,8 @@ class StoredTensor:
     """A tensor as it lies in the file.
 
     Quantised: `values` int8 of `shape`, `scale` float16 of `shape[:-1]`, `bits` 2..8, each value within the signed
-    range of `bits`. Float: `values` float16 (`bits` 16) or float32 (`bits` 32) of `shape`, `scale` None. All finite.
+    range of `bits`; from a trellis if `states` is 4 or 8, with `order` int8 0..3 of the shape without rows. Float:
+    `values` float16 (`bits` 16) or float32 (`bits` 32) of `shape`, `scale` None. All finite.
     """
 
     name: str
@@ -85,6 +102,8 @@ class StoredTensor:
     values: Tensor
     scale: Tensor | None
     bits: int
+    order: Tensor | None = None
+    states: int = 0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights, of `shape` and `dtype`, on the device of `values`."""
@@ -92,6 +111,8 @@ class StoredTensor:
             return self.values.to(dtype)
         if not self.values.numel():
             return torch.empty(self.shape, dtype=dtype, device=self.values.device)
+        if self.order is not None:
+            return ops.trellis_dequantize(self.values, self.scale, self.order, self.states).to(dtype)
         octets = self.values.contiguous().view(torch.uint8).reshape(-1)
         rows = (self.scale.numel(), self.shape[-1])
         return ops.unpack_dequantize(octets, self.scale.reshape(-1), 8, rows, dtype).reshape(self.shape)
@@ -101,7 +122,7 @@ class StoredTensor:
 class ByteCount:
     """Where the bytes of a file went. `container` is everything but the stored streams."""
 
-    streams: dict[str, int]  # "<tensor>:values" and "<tensor>:scale"
+    streams: dict[str, int]  # "<tensor>:values", "<tensor>:scale", "<tensor>:order"
     roles: dict[str, int]  # every one of ROLES
     container: int
 
@@ -134,7 +155,7 @@ def write_artifact(
     check_metadata(metadata)
     for tensor in tensors:
         _check_tensor(tensor)
-    check_together([(tensor.name, tensor.shape, tensor.bits) for tensor in tensors], limit_bytes)
+    check_together([(tensor.name, tensor.shape, tensor.bits, tensor.states) for tensor in tensors], limit_bytes)
 
     parts = [part for tensor in tensors for part in _parts(tensor)]
     largest_first = sorted(range(len(parts)), key=lambda index: -parts[index][0].numel())
@@ -145,7 +166,9 @@ def write_artifact(
     remaining = iter(encoded)
     for tensor in tensors:
         member: dict[str, Any] = {"name": tensor.name, "role": tensor.role, "shape": tensor.shape, "bits": tensor.bits}
-        for part in ("values",) if tensor.scale is None else ("values", "scale"):
+        if tensor.scale is not None:
+            member["states"] = tensor.states
+        for part in parts_of(tensor.bits, tensor.states):
             stream = next(remaining)
             member[part] = [stream.codec, stream.layout]
         members.append(member)
@@ -206,9 +229,15 @@ def _decode(data: bytes, limit_bytes: int) -> Artifact:
                 decoded.append(streams.decode(piece, stream.codec, stream.layout, stream.bits, stream.count))
             except ValueError as error:
                 raise ValueError(f"stream {stream.label} {error}") from None
-        values = decoded[0].reshape(entry.shape)
         scale = decoded[1].reshape(entry.shape[:-1]) if len(decoded) > 1 else None
-        tensors[entry.name] = StoredTensor(entry.name, entry.role, entry.shape, values, scale, entry.bits)
+        if entry.states:
+            order = (decoded[2] + 2).reshape(order_shape(entry.shape))
+            values = ops.trellis_merge(decoded[0], order, entry.states, entry.shape)
+        else:
+            order, values = None, decoded[0].reshape(entry.shape)
+        tensors[entry.name] = StoredTensor(
+            entry.name, entry.role, entry.shape, values, scale, entry.bits, order, entry.states
+        )
         _check_tensor(tensors[entry.name])
     return Artifact(metadata, tensors, _count_bytes(entries, lengths, offset - _HEADER.size - _CRC.size))
 
@@ -266,9 +295,15 @@ def _cores() -> int:
 
 def _parts(tensor: StoredTensor) -> Iterator[tuple[Tensor, int]]:
     """The arrays of a tensor in the order of its streams, flat and on the CPU, with their bits."""
-    for part, bits in ((tensor.values, tensor.bits), (tensor.scale, 16)):
-        if part is not None:
-            yield part.detach().cpu().reshape(-1), bits
+    if tensor.order is not None:
+        order = tensor.order.detach().cpu()
+        yield ops.trellis_split(tensor.values.detach().cpu(), order, tensor.states), tensor.bits
+    else:
+        yield tensor.values.detach().cpu().reshape(-1), tensor.bits
+    if tensor.scale is not None:
+        yield tensor.scale.detach().cpu().reshape(-1), 16
+    if tensor.order is not None:
+        yield order.reshape(-1) - 2, ORDER_BITS
 
 
 def _count_bytes(entries: list[Entry], lengths: list[int], manifest_bytes: int) -> ByteCount:
@@ -281,7 +316,7 @@ def _count_bytes(entries: list[Entry], lengths: list[int], manifest_bytes: int) 
 
 
 def _check_tensor(tensor: StoredTensor) -> None:
-    check_description(tensor.name, tensor.role, tensor.shape, tensor.bits)
+    check_description(tensor.name, tensor.role, tensor.shape, tensor.bits, tensor.states)
     values, scale, quantised = tensor.values, tensor.scale, tensor.bits in QUANTISED_BITS
     expected: list[tuple[Any, tuple[int, ...], torch.dtype, str]]
     expected = [(values, tensor.shape, streams.dtype_of(tensor.bits), "values")]
@@ -289,6 +324,10 @@ def _check_tensor(tensor: StoredTensor) -> None:
         expected.append((scale, tensor.shape[:-1], torch.float16, "scale"))
     elif scale is not None:
         raise ValueError(f"tensor {tensor.name}: a float tensor has no scale")
+    if tensor.states:
+        expected.append((tensor.order, order_shape(tensor.shape), torch.int8, "order"))
+    elif tensor.order is not None:
+        raise ValueError(f"tensor {tensor.name}: only a trellis has an order")
     for part, shape, dtype, what in expected:
         if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape:
             came = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
@@ -298,8 +337,10 @@ def _check_tensor(tensor: StoredTensor) -> None:
         lowest, highest = (each.item() for each in torch.aminmax(part))  # NaN wins in both, and nothing is copied
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise ValueError(f"tensor {tensor.name}: {what} must be finite")
+        if what == "order" and not 0 <= lowest <= highest < 1 << ORDER_BITS:
+            raise ValueError(f"tensor {tensor.name}: order lies in {lowest}..{highest}, accepted are 0 to 3")
         bound = 1 << (tensor.bits - 1)
-        if dtype == torch.int8 and not (-bound <= lowest and highest < bound):
+        if what == "values" and dtype == torch.int8 and not (-bound <= lowest and highest < bound):
             raise ValueError(
                 f"tensor {tensor.name}: values lie in {lowest}..{highest}, "
                 f"{tensor.bits} bits hold {-bound}..{bound - 1}"

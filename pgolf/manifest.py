@@ -16,6 +16,8 @@ from pgolf import streams
 ROLES = ("embedding", "attention", "mlp", "control")
 QUANTISED_BITS = range(2, 9)
 FLOAT_BITS = (16, 32)
+TRELLIS_STATES = (4, 8)
+ORDER_BITS = 2
 MANIFEST_LIMIT_BYTES = 256 * 1024
 
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
@@ -23,6 +25,7 @@ _MOST_TENSORS = 1024
 _MOST_DIMENSIONS = 8
 _LARGEST_INTEGER = 2**63 - 1
 _DEEPEST_METADATA = 8
+_MOST_TRELLIS_COLUMNS = 65536
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,23 @@ class Entry:
     role: str
     shape: tuple[int, ...]
     bits: int
+    states: int
     streams: list[Stream]
+
+
+def order_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the columns' order of a trellis tensor: its shape without rows."""
+    return (*shape[:-2], shape[-1])
+
+
+def parts_of(bits: int, states: int) -> dict[str, int]:
+    """The streams of a tensor in their order, with the bits of each."""
+    parts = {"values": bits}
+    if bits in QUANTISED_BITS:
+        parts["scale"] = 16
+    if states:
+        parts["order"] = ORDER_BITS
+    return parts
 
 
 def read_manifest(text: bytes, limit_bytes: int) -> tuple[dict[str, Any], list[Entry]]:
@@ -68,7 +87,7 @@ def read_manifest(text: bytes, limit_bytes: int) -> tuple[dict[str, Any], list[E
     if len(members) > _MOST_TENSORS:
         raise ValueError(f"{len(members)} tensors; at most {_MOST_TENSORS} are accepted")
     entries = [_read_entry(member, index) for index, member in enumerate(members)]
-    check_together([(entry.name, entry.shape, entry.bits) for entry in entries], limit_bytes)
+    check_together([(entry.name, entry.shape, entry.bits, entry.states) for entry in entries], limit_bytes)
     return metadata, entries
 
 
@@ -77,17 +96,21 @@ def _read_entry(member: Any, index: int) -> Entry:
     if not isinstance(member, dict) or type(member.get("bits")) is not int:
         raise ValueError(f"{place} must be an object with bits")
     quantised = member["bits"] in QUANTISED_BITS
-    _check_members(member, {"name", "role", "shape", "bits", "values"} | ({"scale"} if quantised else set()), place)
+    states = member.get("states") if quantised else 0
+    if type(states) is not int or states not in (0, *TRELLIS_STATES):
+        raise ValueError(f"{place}: states must be 0, 4 or 8, not {shortened(states)}")
+    expected = {"name", "role", "shape", "bits", *parts_of(member["bits"], states)}
+    _check_members(member, expected | ({"states"} if quantised else set()), place)
     name, role, shape, bits = member["name"], member["role"], member["shape"], member["bits"]
     if not isinstance(shape, list):
         raise ValueError(f"{place}: shape must be a list, not {shortened(shape)}")
     shape = tuple(shape)
-    check_description(name, role, shape, bits)
-    parts = [("values", bits, math.prod(shape))]
-    if quantised:
-        parts.append(("scale", 16, math.prod(shape[:-1])))
+    check_description(name, role, shape, bits, states)
+    counts = {"values": math.prod(shape), "scale": math.prod(shape[:-1])}
+    if states:
+        counts["order"] = math.prod(order_shape(shape))
     found = []
-    for part, part_bits, count in parts:
+    for part, part_bits in parts_of(bits, states).items():
         encoding = member[part]
         layouts = streams.layouts_of(part_bits)
         if not isinstance(encoding, list) or len(encoding) != 2 or not all(isinstance(each, str) for each in encoding):
@@ -97,11 +120,11 @@ def _read_entry(member: Any, index: int) -> Entry:
             raise ValueError(f"{place}: codec {shortened(codec)} is unknown; known are {', '.join(streams.CODECS)}")
         if layout not in layouts:
             raise ValueError(f"{place}: layout {shortened(layout)} does not exist for {part_bits} bits")
-        found.append(Stream(f"{name}:{part}", role, part_bits, count, codec, layout))
-    return Entry(name, role, shape, bits, found)
+        found.append(Stream(f"{name}:{part}", role, part_bits, counts[part], codec, layout))
+    return Entry(name, role, shape, bits, states, found)
 
 
-def check_description(name: Any, role: Any, shape: tuple[Any, ...], bits: Any) -> None:
+def check_description(name: Any, role: Any, shape: tuple[Any, ...], bits: Any, states: Any = 0) -> None:
     """What can be said of a tensor without its values."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"tensor name {shortened(name)} is not 1 to 128 characters out of A-Z a-z 0-9 _ . / -")
@@ -115,20 +138,30 @@ def check_description(name: Any, role: Any, shape: tuple[Any, ...], bits: Any) -
         )
     if bits in QUANTISED_BITS and not shape:
         raise ValueError(f"tensor {name}: a quantised tensor needs at least one dimension")
+    if states == 0 and type(states) is int:
+        return
+    if type(states) is not int or states not in TRELLIS_STATES or bits not in QUANTISED_BITS:
+        raise ValueError(f"tensor {name}: states must be 0, or 4 or 8 where bits are 2 to 8, not {shortened(states)}")
+    if len(shape) not in (2, 3) or shape[-1] > _MOST_TRELLIS_COLUMNS:
+        raise ValueError(
+            f"tensor {name}: shape {shortened(shape)} is not that of a trellis: "
+            f"2 or 3 dimensions, at most {_MOST_TRELLIS_COLUMNS} columns"
+        )
 
 
-def check_together(described: list[tuple[str, tuple[int, ...], int]], limit_bytes: int) -> None:
+def check_together(described: list[tuple[str, tuple[int, ...], int, int]], limit_bytes: int) -> None:
     """Names are unique, and all tensors decoded plus one working copy of the largest fit in `limit_bytes`."""
     needed, largest = 0, 0
     names = set()
-    for name, shape, bits in described:
+    for name, shape, bits, states in described:
         if name in names:
             raise ValueError(f"tensor name {name} is used twice")
         names.add(name)
         size = math.prod(shape) * (max(bits, 8) // 8)
         scale_size = 2 * math.prod(shape[:-1]) if bits in QUANTISED_BITS else 0
-        needed += size + scale_size
-        largest = max(largest, size, scale_size)
+        order_size = math.prod(order_shape(shape)) if states else 0
+        needed += size + scale_size + order_size
+        largest = max(largest, size, scale_size, order_size)
     if needed + largest > limit_bytes:
         raise ValueError(f"tensors need {needed + largest} bytes of memory to decode; the limit is {limit_bytes}")
 

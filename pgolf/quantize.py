@@ -1,6 +1,6 @@
 """From trained weights to what the artifact stores, and back.
 
-Matrices and embedding: GPTQ against the Hessian of their inputs, int6 and int8 with one float16 scale a row. Small
+Matrices and embedding: QUANTIZER against the Hessian of their inputs, int6 and int8 with one float16 scale a row. Small
 parameters: float16. Hessians come from training batches seen by the trained model, inside the training budget.
 """
 
@@ -10,11 +10,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from pgolf import ops
-from pgolf.artifact import Artifact, StoredTensor
+from pgolf import ops, rate_budget
+from pgolf.artifact import Artifact, ByteCount, StoredTensor
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
 from pgolf.model import Model, ModelConfig, role_of
+from pgolf.rate_budget import Coded, Fit
 from pgolf.settings import Settings, validate
 
 
@@ -34,7 +35,7 @@ def collect_hessians(
         if role_of(name) != "control"
     }
     seen, first = torch.empty(0), ("", 0)  # the last input, and which matrix had it first: q, k and v share theirs
-    owners = {}  # (name, index) -> the matrix whose sum is also this one's
+    owners: dict[tuple[str, int], tuple[str, int]] = {}  # (name, index) -> the matrix whose sum is also this one's
 
     def observe(name: str, index: int, x: Tensor) -> None:
         nonlocal seen, first
@@ -57,25 +58,49 @@ def collect_hessians(
     return {name: hessian.cpu() for name, hessian in hessians.items()}
 
 
-def quantize(model: Model, hessians: dict[str, Tensor], settings: Settings) -> list[StoredTensor]:
-    """Every parameter in its stored form."""
+def quantize(
+    model: Model, hessians: dict[str, Tensor], settings: Settings, clips: dict[str, float] | None = None
+) -> list[StoredTensor]:
+    """Every parameter in its stored form. `clips` are the clip_sigmas of single tensors, by name."""
     stored = []
     for name, parameter in model.named_parameters():
         weight, role = parameter.detach().float().cpu(), role_of(name)
+        shape = tuple(weight.shape)
         if role == "control":
-            stored.append(StoredTensor(name, role, tuple(weight.shape), weight.half(), None, 16))
+            stored.append(StoredTensor(name, role, shape, weight.half(), None, 16))
             continue
-        embedding = role == "embedding"
-        bits = settings.embed_bits if embedding else settings.matrix_bits
-        values, scale = ops.gptq(
-            weight,
-            hessians[name][0] if embedding else hessians[name],
-            bits,
-            clip_sigmas=settings.embed_clip_sigmas if embedding else settings.matrix_clip_sigmas,
-            damping=settings.gptq_damping,
-        )
-        stored.append(StoredTensor(name, role, tuple(weight.shape), values, scale, bits))
+        bits = rate_budget.bits_of(name, settings)
+        clip_sigmas = (clips or {}).get(name, rate_budget.clip_of(name, settings))
+        found = rate_budget.quantize_tensor(name, weight, hessians, settings, clip_sigmas)
+        stored.append(StoredTensor(name, role, shape, found.values, found.scale, bits, found.order, found.states))
     return stored
+
+
+def quantize_to_size(
+    model: Model,
+    hessians: dict[str, Tensor],
+    settings: Settings,
+    rises: dict[str, float],
+    write: Callable[[list[StoredTensor]], ByteCount],
+) -> Fit:
+    """Quantise and `write` until the file has ARTIFACT_BYTES, or up to 0.1% fewer; the file is then written.
+
+    `rises` are those of `rate_budget.measure_rises`.
+    """
+    counts = {name: p.numel() for name, p in model.named_parameters() if name in hessians}
+    last: dict[str, float] = {}
+
+    def code(clips: dict[str, float]) -> Coded:
+        count = write(quantize(model, hessians, settings, clips))
+        last.clear()
+        last.update(clips)
+        return Coded(count.total, {name: count.streams[f"{name}:values"] for name in clips})
+
+    clips = {name: rate_budget.clip_of(name, settings) for name in counts}
+    found = rate_budget.fit(code, clips, counts, rises, settings.artifact_bytes)
+    if last != found.clips:
+        write(quantize(model, hessians, settings, found.clips))
+    return found
 
 
 def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Model:

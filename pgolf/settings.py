@@ -84,6 +84,7 @@ class Settings(BaseModel):
     adam_eps: float = Field(1e-8, gt=0)
 
     # quantisation and artifact
+    quantizer: Literal["rtn", "gptq", "gptq_cd", "trellis"] = "trellis"
     matrix_bits: int = Field(6, ge=2, le=8)
     embed_bits: int = Field(8, ge=2, le=8)
     matrix_clip_sigmas: float = Field(12.85, gt=0)
@@ -92,6 +93,7 @@ class Settings(BaseModel):
     gptq_calibration_batches: int = Field(16, gt=0)  # of train_batch_tokens
     gptq_reserve_seconds: float = Field(8.0, ge=0)  # kept back from training for calibration
     budget_bytes: int = Field(16_000_000, gt=0)  # code + artifact
+    artifact_bytes: int = Field(0, ge=0)  # steps are chosen to fill these; 0: the steps of *_clip_sigmas
 
     # logging and machine
     val_loss_every: int = Field(1000, ge=0)  # 0: only at the end

@@ -11,7 +11,7 @@ import zstandard
 from pgolf.artifact import DEFAULT_LIMIT_BYTES
 
 
-def sign(manifest, pieces, version=1, size=None):
+def sign(manifest, pieces, version=2, size=None):
     """A file with correct checksums around any manifest (object, text or bytes) and any stored streams."""
     text = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
     stored = brotli.compress(text, quality=1)
@@ -41,7 +41,12 @@ def tensor(name="w", shape=(4, 8), bits=6, values="stored", layout="plain", **ch
     member = {"name": name, "role": "mlp", "shape": list(shape), "bits": bits, "values": [values, layout]}
     if isinstance(bits, int) and 2 <= bits <= 8:
         member["scale"] = ["stored", "plain"]
+        member["states"] = 0
     return {**member, **changes}
+
+
+def trellis(states=8, order="stored", **changes):
+    return tensor(states=states, order=[order, "plain"], **changes)
 
 
 def manifest(*tensors, **changes):
@@ -177,6 +182,28 @@ def hostile_files():
             ),
             "tensor b: values",
         ),
+        # a trellis
+        **{f"states {each!r}": one("states", trellis(each)) for each in (1, 6, 16, -8, True, "8", 8.0, None, [8])},
+        "states missing": one("states", {key: value for key, value in tensor().items() if key != "states"}),
+        "states of floats": one("members", tensor(shape=(4,), bits=16, states=0), S),
+        "order without states": one("members", trellis(0)),
+        "states without order": one("members", tensor(states=8)),
+        "order missing": one("ends before stream w:order", trellis(), W, S),
+        "fewer classes": one("stream w:order", trellis(), W, S, S[:-1]),
+        "classes beyond two bits": one("order: 4", trellis(), W, S, b"\x02" * 8),
+        "trellis of one dimension": one("trellis", trellis(shape=(8,)), S, S[:2], S),
+        "trellis of four dimensions": one("trellis", trellis(shape=(1, 1, 4, 8)), W, S, S),
+        "trellis of wide rows": one("trellis", trellis(shape=(1, 65537))),
+        "giant order": one("limit", trellis(shape=(2**31 - 1, 0, 65536))),
+        "giant empty matrices": one("stream w:order", trellis(shape=(1200, 0, 65536)), b"", b"", S),
+        "many small matrices, then wrong": (
+            sign(
+                manifest(tensor("a", (PLENTY // 3, 1, 1), states=8, order=["brotli", "plain"], values="brotli",
+                                scale=["brotli", "plain"]), tensor("b")),
+                [brotli_zeros(PLENTY // 3), brotli_zeros(PLENTY // 3 * 2), brotli_zeros(PLENTY // 3), b"\x7f" * 32, S],
+            ),
+            "tensor b: values",
+        ),
         # values
         "beyond six bits": one("-32..31", tensor(), b"\x20" * 32, S),
         "below six bits": one("-32..31", tensor(), b"\xdf" * 32, S),
@@ -186,7 +213,8 @@ def hostile_files():
         "infinite value": one("finite", tensor(shape=(1,), bits=32), struct.pack("<f", float("-inf"))),
         # words
         "version 0": (sign(GOOD, (W, S), version=0), "version 0"),
-        "version 2": (sign(GOOD, (W, S), version=2), "version 2"),
+        "version 1": (sign(GOOD, (W, S), version=1), "version 1"),
+        "version 3": (sign(GOOD, (W, S), version=3), "version 3"),
         "unknown codec": one("codec", tensor(values="pickle")),
         "unknown layout": one("layout", tensor(layout="shuffled")),
         "layout of another width": one("layout", tensor(layout="planes")),

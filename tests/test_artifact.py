@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import deque
 from pathlib import Path
 
 import brotli
@@ -20,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgolf
-from pgolf import streams
+from pgolf import ops, streams
 from pgolf.artifact import ROLES, StoredTensor, read_artifact, write_artifact
 from pgolf.errors import ArtifactError
 
 
-def stored(name, shape, bits, seed=0, role="mlp", spread=0.25):
+def stored(name, shape, bits, seed=0, role="mlp", spread=0.25, states=0):
     """A tensor of random values; `spread` is their standard deviation as a share of the range."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator) * spread
@@ -34,7 +35,10 @@ def stored(name, shape, bits, seed=0, role="mlp", spread=0.25):
     bound = 2 ** (bits - 1)
     values = (values * bound).round().clamp(-bound, bound - 1).to(torch.int8)
     scale = torch.rand(shape[:-1], generator=generator).half()
-    return StoredTensor(name, role, tuple(shape), values, scale, bits)
+    order = None
+    if states:
+        order = torch.randint(0, 4, (*shape[:-2], shape[-1]), generator=generator).to(torch.int8)
+    return StoredTensor(name, role, tuple(shape), values, scale, bits, order, states)
 
 
 def model():
@@ -42,6 +46,8 @@ def model():
         stored("embedding", (64, 16), 8, role="embedding"),
         stored("qkv", (2, 24, 16), 6, role="attention"),
         stored("up", (2, 32, 16), 5),
+        stored("down", (2, 16, 32), 6, states=8),
+        stored("head", (9, 16), 8, states=4, role="embedding"),
         stored("gain", (2, 4), 16, role="control"),
         stored("mix", (), 32, role="control"),
         stored("none", (0, 4), 4, role="control"),
@@ -53,12 +59,28 @@ def read_by_description(data):
     assert data[:8] == bytes.fromhex("8950474f4c460d0a")
     version, stored_size, size, crc = struct.unpack_from("<IIII", data, 8)
     text = data[24 : 24 + stored_size]
-    assert version == 1
+    assert version == 2
     assert zlib.crc32(data[:20] + text) == crc
     text = brotli.decompress(text)
     assert len(text) == size
     manifest = json.loads(text)
     at = 24 + stored_size
+
+    def follow(coded, order, states, shape):
+        """The values of a trellis in row-major order, from `coded`, taken at both ends."""
+        machine = {
+            4: [(0, 2), (2, 0), (1, 3), (3, 1)],
+            8: [(0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)],
+        }[states]
+        coded, values, (rows, columns) = deque(coded), [0] * math.prod(shape), shape[-2:]
+        for row in range(math.prod(shape[:-1])):
+            classes, state = order[row // rows * columns :][:columns], 0
+            for column in sorted(range(columns), key=lambda j: classes[j]):
+                second = state % 2 if states == 8 else state // 2
+                value = coded.pop() if second else coded.popleft()
+                values[row * columns + column] = value
+                state = machine[state][value % 2]
+        return values
 
     def stream(codec, layout, bits, count):
         nonlocal at, crc
@@ -85,6 +107,9 @@ def read_by_description(data):
         shape, bits = tensor["shape"], tensor["bits"]
         values = stream(*tensor["values"], bits, math.prod(shape))
         scale = stream(*tensor["scale"], 16, math.prod(shape[:-1])) if bits <= 8 else None
+        if bits <= 8 and tensor["states"]:
+            order = stream(*tensor["order"], 2, math.prod([*shape[:-2], shape[-1]]))
+            values = follow(values, order, tensor["states"], shape)
         found[tensor["name"]] = (tensor["role"], shape, bits, values, scale)
     assert at == len(data)
     return manifest["metadata"], found
@@ -92,6 +117,10 @@ def read_by_description(data):
 
 def assert_same(one, other):
     assert (one.name, one.role, one.shape, one.bits) == (other.name, other.role, other.shape, other.bits)
+    assert one.states == other.states
+    assert (one.order is None) == (other.order is None)
+    if one.order is not None:
+        assert torch.equal(one.order, other.order)
     assert one.values.dtype == other.values.dtype
     assert torch.equal(one.values, other.values)
     assert (one.scale is None) == (other.scale is None)
@@ -124,7 +153,8 @@ def stored_tensors(draw):
     shape = draw(st.lists(st.integers(0, 9), min_size=1 if bits <= 8 else 0, max_size=3))
     name = draw(st.text("abz09_./-", min_size=1, max_size=12))
     seed, spread = draw(st.integers(0, 2**16)), draw(st.sampled_from([0.0, 0.1, 0.4, 5.0]))
-    return stored(name, shape, bits, seed, draw(st.sampled_from(ROLES)), spread)
+    states = draw(st.sampled_from([0, 4, 8])) if bits <= 8 and len(shape) > 1 else 0
+    return stored(name, shape, bits, seed, draw(st.sampled_from(ROLES)), spread, states)
 
 
 plain_json = st.recursive(
@@ -195,6 +225,11 @@ def test_dequantize_is_value_times_scale():
         torch.testing.assert_close(tensor.dequantize(torch.float32).double(), exact, rtol=1e-6, atol=0)
         assert tensor.dequantize(torch.bfloat16).dtype == torch.bfloat16
         assert tensor.dequantize().shape == tensor.shape
+    trellis = stored("f", (2, 5, 9), 6, states=8)
+    assert torch.equal(
+        trellis.dequantize(), ops.trellis_dequantize(trellis.values, trellis.scale, trellis.order, trellis.states)
+    )
+    assert trellis.dequantize(torch.float16).dtype == torch.float16
     half = stored("e", (3, 2), 16)
     assert torch.equal(half.dequantize(torch.float32), half.values.float())
 
@@ -239,6 +274,11 @@ def with_scale(value):
         (spoilt(bits=9), "bits"),
         (spoilt(bits=6.0), "bits"),
         (spoilt(bits=16, scale=None), "torch.float16"),
+        (spoilt(states=8), "order"),
+        (spoilt(states=5), "states"),
+        (spoilt(order=torch.zeros(4, dtype=torch.int8)), "order"),
+        (spoilt(states=8, order=torch.zeros(3, dtype=torch.int8)), "order"),
+        (spoilt(states=8, order=torch.full((4,), 4, dtype=torch.int8)), "order"),
         (spoilt(role="head"), "role"),
         (spoilt(name="two words"), "name"),
         (spoilt(name=""), "name"),

@@ -35,10 +35,13 @@ def sample_model():
     embedding = torch.randint(-128, 128, (1024, 512), generator=generator).to(torch.int8)
     bank = torch.randint(-32, 32, (4, 256, 400), generator=generator).to(torch.int8)
     small = (torch.randn(3, 8, 40, generator=generator) * 6).round().clamp(-16, 15).to(torch.int8)
+    # fmt: off
     return [
         StoredTensor("embedding", "embedding", (1024, 512), embedding, torch.rand(1024, generator=generator).half(), 8),
         StoredTensor("bank", "mlp", (4, 256, 400), bank, torch.rand(4, 256, generator=generator).half(), 6),
         StoredTensor("small", "attention", (3, 8, 40), small, torch.rand(3, 8, generator=generator).half(), 5),
+        StoredTensor("path", "mlp", (3, 8, 40), small, torch.rand(3, 8, generator=generator).half(), 5,
+                     torch.randint(0, 4, (3, 40), generator=generator).to(torch.int8), 8),
         StoredTensor("gain", "control", (30,), torch.rand(30, generator=generator).half(), None, 16),
         StoredTensor("mix", "control", (), torch.rand((), generator=generator), None, 32),
     ]

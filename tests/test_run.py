@@ -66,7 +66,21 @@ def test_summary_is_complete_and_adds_up(finished):
     assert summary["wallclock_used_seconds"] >= summary["train_seconds"] > 0
     assert set(summary["compressors_bpb"]) == {"xz -9e", "brotli -11"}
     assert abs(summary["val_bpb_quantized"] - summary["val_bpb_float"]) < 0.05
-    assert {"gptq", "newton_schulz", "leaky_relu2_mlp", "unpack_dequantize"} <= summary["backends"].keys()
+    operations = {"trellis_quantize", "trellis_dequantize", "newton_schulz", "leaky_relu2_mlp"}
+    assert operations <= summary["backends"].keys()
+
+
+def test_a_run_fills_artifact_bytes(finished, tmp_path, tiny_environ):
+    plain = summary_of(finished[0])["artifact_bytes"]
+    target = round(0.9 * plain)
+    result = run_script(
+        tmp_path, {**tiny_environ, "RUN_ID": "filled", "QUANTIZER": "gptq", "ARTIFACT_BYTES": str(target)}
+    )
+    assert result.returncode == 0, result.stderr
+    summary = summary_of(tmp_path / "filled")
+    assert 0.995 * target <= summary["artifact_bytes"] <= target  # 17 kB: a step's change moves more than 0.1% of it
+    assert {"gptq", "unpack_dequantize"} <= summary["backends"].keys()
+    assert f"of {target} bytes after " in result.stdout
 
 
 def test_every_promised_file_is_there_and_valid(finished):

@@ -12,12 +12,15 @@ from pgolf.ops.linear_softcapped_cross_entropy import linear_softcapped_cross_en
 from pgolf.ops.newton_schulz import newton_schulz
 from pgolf.ops.pack_bits import pack_bits, unpack_bits
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
+from pgolf.ops.trellis_dequantize import trellis_dequantize, trellis_merge, trellis_split
+from pgolf.ops.trellis_quantize import Trellis, trellis_quantize
 from pgolf.ops.unpack_dequantize import unpack_dequantize
 
 __all__ = [
     "BACKENDS",
     "Availability",
     "BackendUnavailable",
+    "Trellis",
     "accumulate_hessian",
     "available",
     "backend",
@@ -29,6 +32,10 @@ __all__ = [
     "newton_schulz",
     "pack_bits",
     "softcapped_cross_entropy",
+    "trellis_dequantize",
+    "trellis_merge",
+    "trellis_quantize",
+    "trellis_split",
     "unpack_bits",
     "unpack_dequantize",
     "used",

@@ -150,7 +150,7 @@ def _gptq_on_cpu(
         pointers = (order.data_ptr(), diagonal.data_ptr())
         return native.factor_hessians(h.data_ptr(), *shape, *pointers, which, factors.data_ptr(), threads)
 
-    _with_enough_damping(h.diagonal(dim1=-2, dim2=-1), damping, attempt)
+    with_enough_damping(h.diagonal(dim1=-2, dim2=-1), damping, attempt)
     values, exact_scale = torch.empty_like(bank, dtype=torch.int8), scale.float()
     pointers = (tensor.data_ptr() for tensor in (bank, order, factors, exact_scale, values))
     native.round_columns(*pointers, len(h), rows, columns, limit, threads)
@@ -249,11 +249,11 @@ def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
         lower[which], failed = torch.linalg.cholesky_ex(h[which])
         return [which[i] for i in failed.nonzero().flatten().tolist()]
 
-    _with_enough_damping(hessian.diagonal(dim1=-2, dim2=-1), damping, attempt)
+    with_enough_damping(hessian.diagonal(dim1=-2, dim2=-1), damping, attempt)
     return lower.div_(lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone())
 
 
-def _with_enough_damping(diagonal: Tensor, damping: float, attempt: Callable[[Tensor, list[int]], list[int]]) -> None:
+def with_enough_damping(diagonal: Tensor, damping: float, attempt: Callable[[Tensor, list[int]], list[int]]) -> None:
     """Call `attempt(damped diagonals (B, N), matrices)` until it returns no matrix that is not positive definite."""
     alive = diagonal > 0
     mean = diagonal.sum(dim=-1, keepdim=True) / alive.sum(dim=-1, keepdim=True).clamp_min(1)  # (B, 1)

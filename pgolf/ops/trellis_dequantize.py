@@ -1,0 +1,179 @@
+"""The trellis decoder: from indices to weights, and to and from the order in which indices are coded.
+
+The machine and what an index is worth are told in trellis_quantize.py. `order` (N,) or (B, N) int8 gives each column a
+class 0..3; the machine takes the columns by class and, in a class, as they come.
+
+    trellis_dequantize   w[r, j] = level(k[r, j]) · scale[r], in float32, exact: one rounding of one product
+    trellis_split        all indices of a bank, matrix by matrix and row by row in the machine's order, parted by their
+                         quantiser: those under quantiser 0 from the front, those under quantiser 1 from the back
+    trellis_merge        the inverse: it follows the machine, which says at which end the next index is
+
+Indices under quantiser 0 and 1 have other frequencies (0 is twice as frequent under one), and a coder of bytes does not
+know the quantiser: brotli makes of the indices of six real matrices 311,918 bytes as they lie, 303,048 when parted.
+Every sequence of integers is `trellis_split` of some indices, so a stream cannot be malformed.
+
+Shapes and dtypes: indices int8 (M, N) or (B, M, N), scale floating (M,) or (B, M); exact on every backend, on the CPU
+for native. Not differentiable. Traffic: 5 bytes a weight to dequantise, 2 to split or merge.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pgolf.ops import backends, checks
+
+# next state for even, odd index; and the quantiser of each state
+NEXT = {
+    4: ((0, 2), (2, 0), (1, 3), (3, 1)),
+    8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)),
+}
+QUANTISER = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
+backends.register("trellis_dequantize", native=("cpu",))
+backends.register("trellis_split", native=("cpu",))
+backends.register("trellis_merge", native=("cpu",))
+
+
+def trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
+    """The weights that indices mean, in float32.
+
+    Args:
+        indices: int8 (M, N) or (B, M, N).
+        scale: floating (M,) or (B, M).
+        order: int8 (N,) or (B, N), the columns' classes, 0..3.
+        states: 4 or 8, as quantised.
+    """
+    _check_indices(indices, scale, order, states)
+    return _trellis_dequantize(indices, scale, order, states)
+
+
+def trellis_dequantize_reference(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
+    """The definition in plain PyTorch; arguments as for `trellis_dequantize`."""
+    wide = indices.to(torch.int16)
+    levels = 2 * wide - quantisers_of(indices, order, states) * wide.sign()
+    return levels.to(torch.float32) * scale.to(torch.float32).unsqueeze(-1)
+
+
+def quantisers_of(indices: Tensor, order: Tensor, states: int) -> Tensor:
+    """Quantiser 0 or 1 of every index, int8 like `indices`: what a coder of indices knows beside them."""
+    columns = order.long().argsort(dim=-1, stable=True).unsqueeze(-2).expand_as(indices)
+    odd = indices.gather(-1, columns).long() & 1
+    following = torch.tensor(NEXT[states], device=indices.device)
+    quantiser = torch.tensor(QUANTISER[states], device=indices.device, dtype=torch.int8)
+    state = odd.new_zeros(odd.shape[:-1])
+    found = torch.empty_like(indices)
+    for j in range(indices.shape[-1]):
+        found[..., j] = quantiser[state]
+        state = following[state, odd[..., j]]
+    return torch.empty_like(indices).scatter_(-1, columns, found)
+
+
+def trellis_split(indices: Tensor, order: Tensor, states: int) -> Tensor:
+    """All indices in the order in which they are coded: int8 (n,). Arguments as for `trellis_dequantize`."""
+    _check_machine(tuple(indices.shape), indices, order, states)
+    _check_classes(order)
+    if backends.choose("trellis_split", indices.device.type) == "reference":
+        return trellis_split_reference(indices, order, states)
+    return _reorder(
+        "trellis_split", indices, order, torch.empty(indices.numel(), dtype=torch.int8), indices.shape, states
+    )
+
+
+def trellis_merge(stream: Tensor, order: Tensor, states: int, shape: Sequence[int]) -> Tensor:
+    """The indices, int8 of `shape`, that `trellis_split` has made `stream` (n,) int8 of."""
+    _check_machine(tuple(shape), stream, order, states)
+    _check_classes(order)
+    if backends.choose("trellis_merge", stream.device.type) == "reference":
+        return trellis_merge_reference(stream, order, states, shape)
+    return _reorder("trellis_merge", stream, order, torch.empty(tuple(shape), dtype=torch.int8), shape, states)
+
+
+def trellis_split_reference(indices: Tensor, order: Tensor, states: int) -> Tensor:
+    """The definition in plain PyTorch; arguments as for `trellis_split`."""
+    columns = order.long().argsort(dim=-1, stable=True).unsqueeze(-2).expand_as(indices)
+    taken = indices.gather(-1, columns)
+    quantiser = quantisers_of(indices, order, states).gather(-1, columns)
+    return torch.cat((taken[quantiser == 0], taken[quantiser == 1].flip(0)))
+
+
+def trellis_merge_reference(stream: Tensor, order: Tensor, states: int, shape: Sequence[int]) -> Tensor:
+    """The definition in plain Python; arguments as for `trellis_merge`."""
+    values, front, back = stream.tolist(), 0, stream.numel()
+    columns = order.long().argsort(dim=-1, stable=True)
+    found = []
+    for _ in range(stream.numel() // max(shape[-1], 1)):
+        state, row = 0, []
+        for _ in range(shape[-1]):
+            if QUANTISER[states][state]:
+                back -= 1
+                row.append(values[back])
+            else:
+                row.append(values[front])
+                front += 1
+            state = NEXT[states][state][row[-1] & 1]
+        found.append(row)
+    taken = torch.tensor(found, dtype=torch.int8, device=stream.device).reshape(tuple(shape))
+    places = columns.unsqueeze(-2).expand(tuple(shape))
+    return torch.empty_like(taken).scatter_(-1, places, taken)
+
+
+def _reorder(name: str, source: Tensor, order: Tensor, target: Tensor, shape: Sequence[int], states: int) -> Tensor:
+    source, order = source.contiguous(), order.contiguous()
+    matrices = shape[0] if len(shape) == 3 else 1
+    addresses = (source.data_ptr(), order.data_ptr(), target.data_ptr())
+    getattr(backends.native(), name)(*addresses, matrices, *shape[-2:], states)
+    return target
+
+
+@torch.library.custom_op("pgolf::trellis_dequantize", mutates_args=())
+def _trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
+    _check_indices(indices, scale, order, states)  # again: this operation can be called without the public function
+    _check_classes(order)
+    if backends.choose("trellis_dequantize", indices.device.type) == "reference":
+        return trellis_dequantize_reference(indices, scale, order, states)
+    out = torch.empty(indices.shape, dtype=torch.float32)
+    tensors = (indices.contiguous(), scale.float().contiguous(), order.contiguous(), out)
+    matrices = indices.shape[0] if indices.ndim == 3 else 1
+    sizes = (matrices, *indices.shape[-2:], states)
+    backends.native().trellis_dequantize(*(one.data_ptr() for one in tensors), *sizes, threads=torch.get_num_threads())
+    return out
+
+
+@_trellis_dequantize.register_fake
+def _(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
+    return torch.empty_like(indices, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def check_states(states: int) -> None:
+    """`states` is 4 or 8."""
+    if isinstance(states, bool) or not isinstance(states, int):
+        raise TypeError(f"states: expected an int, got {type(states).__name__}")
+    if states not in NEXT:
+        raise ValueError(f"states: {states} is not accepted; accepted are 4 and 8")
+
+
+def _check_indices(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> None:
+    _check_machine(tuple(indices.shape), indices, order, states)
+    checks.tensor("scale", scale, checks.FLOATS)
+    checks.shape("scale", scale, tuple(indices.shape[:-1]), "one scale a row")
+    checks.same_device("indices", indices, scale=scale)
+
+
+def _check_machine(shape: tuple[int, ...], values: Tensor, order: Tensor, states: int) -> None:
+    checks.tensor("indices", values, (torch.int8,))
+    checks.tensor("order", order, (torch.int8,))
+    if len(shape) not in (2, 3):
+        raise ValueError(f"indices: shape {shape} is not accepted; expected (M, N) or (B, M, N)")
+    if values.shape != shape and values.shape != (math.prod(shape),):
+        raise ValueError(f"stream: shape {tuple(values.shape)} does not hold indices of shape {shape}")
+    checks.shape("order", order, (*shape[:-2], shape[-1]), "one class a column")
+    checks.same_device("indices", values, order=order)
+    check_states(states)
+
+
+def _check_classes(order: Tensor) -> None:
+    if order.numel():
+        least, most = (each.item() for each in torch.aminmax(order))
+        if least < 0 or most > 3:
+            raise ValueError(f"order: {least if least < 0 else most} is not accepted; accepted are 0 to 3")
