@@ -10,8 +10,8 @@ number. Doubling it for all tensors scales all k_i by √2, so one bisection fin
 
 R_i is measured: the loss on calibration rows with tensor i alone quantised, by the run's quantiser at `PROBE` times its
 step, less that of the float model, over PROBE². On a demo model, PROBE 1, 2 and 4 gave the same R_i within 30%, most
-within 10%. (tr((W - Q) H (W - Q)ᵀ) weighted by the effect of plain rounding gave the embedding a third of its due: it
-also is the model's input, which H knows nothing of; the result was worse than equal clip_sigmas.)
+within 10%. (tr((W - Q) H (W - Q)ᵀ) weighted by the effect of plain rounding gave the embedding 0.4 of its due: it is
+also the model's input, which H knows nothing of.)
 
 The closed loop: code everything at the settings' steps, solve, code again, see by how much the bytes are off, and solve
 again with the target moved by that, in at most `MOST_CODINGS` codings. The largest file that is not over wins.
