@@ -90,7 +90,8 @@ py::bytes encode_ints(uintptr_t values, const std::vector<std::tuple<Shape, int,
   blob.kind = is_static ? pgolf::Kind::fixed : pgolf::Kind::mix;
   blob.is_list = is_list;
   blob.trellis_states = trellis_states;
-  require(trellis_states == 0 || trellis_states == 4 || trellis_states == 8, "trellis_states", trellis_states, "0, 4 or 8");
+  const bool known = trellis_states == 0 || trellis_states == 4 || trellis_states == 8;
+  require(known, "trellis_states", trellis_states, "0, 4 or 8");
   for (const auto& [shape, low, high] : tensors) {
     require(shape.size() <= 3, "dimensions", shape.size(), "at most 3");
     require(low >= -128 && low <= high && high <= 127, "low", low, "-128 to high, which is at most 127");
@@ -126,7 +127,8 @@ py::bytes encode_floats(uintptr_t values, const std::vector<std::tuple<Shape, in
 pgolf::Blob open_blob(uintptr_t data, int64_t size) {
   pgolf::Blob blob;
   require(data != 0 && size >= 0, "size", size, "0 or more, and data an address");
-  if (const char* problem = pgolf::read_blob(source(data), static_cast<size_t>(size), blob)) throw py::value_error(problem);
+  const char* problem = pgolf::read_blob(source(data), static_cast<size_t>(size), blob);
+  if (problem) throw py::value_error(problem);
   return blob;
 }
 
@@ -179,7 +181,7 @@ PYBIND11_MODULE(_native, module) {
              Unlocked(), "unpack_bits on device addresses of the current CUDA device, queued on `stream`.");
 #endif
   module.def("encode_ints", &encode_ints, "values"_a, "tensors"_a, "is_list"_a, "is_static"_a, "trellis_states"_a,
-             "threads"_a, "A blob of int8 tensors, one after another at `values`; tensors: (shape, least, most) of each.");
+             "threads"_a, "A blob of int8 tensors, one after another at `values`; tensors: (shape, least, most).");
   module.def("encode_floats", &encode_floats, "values"_a, "tensors"_a, "is_list"_a,
              "A blob of float16 and float32 tensors, one after another at `values`; tensors: (shape, bytes a value).");
   module.def("read_blob", &read_blob, "data"_a, "size"_a,

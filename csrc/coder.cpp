@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -76,8 +75,8 @@ void write_number(std::vector<uint8_t>& out, uint64_t number) {
 }
 
 std::vector<uint8_t> assemble(const Blob& blob, std::vector<std::vector<uint8_t>> payloads) {
-  std::vector<uint8_t> out = {version, static_cast<uint8_t>(static_cast<int>(blob.kind) | (blob.is_list ? list_flag : 0)),
-                              static_cast<uint8_t>(blob.trellis_states)};
+  const auto kind = static_cast<uint8_t>(static_cast<int>(blob.kind) | (blob.is_list ? list_flag : 0));
+  std::vector<uint8_t> out = {version, kind, static_cast<uint8_t>(blob.trellis_states)};
   write_number(out, blob.tensors.size());
   for (const CodedTensor& each : blob.tensors) {
     out.push_back(static_cast<uint8_t>(each.shape.size()));
@@ -232,7 +231,7 @@ const char* decode_blob(const Blob& blob, uint8_t* values, int threads) {
     auto* integers = reinterpret_cast<int8_t*>(values);
     const auto strips = strips_of(int_tensors(blob), integers);
     for (const CodedTensor& each : blob.tensors) {
-      if (each.low == each.high) std::memset(integers, each.low, static_cast<size_t>(each.values()));
+      if (each.low == each.high) std::fill_n(integers, each.values(), static_cast<int8_t>(each.low));
       integers += each.values();
     }
     right = in_threads(strips.size(), threads, [&](size_t i) {

@@ -1,9 +1,9 @@
 // Blobs: tensors of small integers, or of floats, as bytes that say themselves what they hold. The format is told in
 // pgolf/coder.py.
 //
-// A blob can come from anywhere. What is wrong with it is returned as a sentence, nullptr when nothing is; before its
-// shapes are found to be within bounds nothing of their size is allocated, and decoding takes time and memory in proportion to
-// the values and the bytes that are there.
+// A blob can come from anywhere. What is wrong with it is returned as a sentence, nullptr when nothing is. Nothing of
+// the size of its shapes is allocated before they are found to be within bounds, and decoding takes time and memory in
+// proportion to the values and the bytes that are there.
 #pragma once
 
 #include <cstddef>

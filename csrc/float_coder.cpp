@@ -25,7 +25,7 @@ class FloatModel {
     for (int64_t i = 0; i < run.count; ++i) {
       const uint32_t above = run.cols > 1 && i >= run.cols ? load(run, i - run.cols) : before2;
       const uint32_t value = code(load(run, i), before, above, bits);
-      for (int byte = 0; byte < run.bytes; ++byte) run.values[i * run.bytes + byte] = static_cast<uint8_t>(value >> 8 * byte);
+      for (int at = 0; at < run.bytes; ++at) run.values[i * run.bytes + at] = static_cast<uint8_t>(value >> 8 * at);
       before2 = before;
       before = value;
       if (coder_.overdrawn()) return false;
@@ -38,7 +38,7 @@ class FloatModel {
 
   static uint32_t load(const FloatRun& run, int64_t i) {
     uint32_t value = 0;
-    for (int byte = 0; byte < run.bytes; ++byte) value |= static_cast<uint32_t>(run.values[i * run.bytes + byte]) << 8 * byte;
+    for (int at = run.bytes; at-- > 0;) value = value << 8 | run.values[i * run.bytes + at];
     return value;
   }
 
@@ -56,15 +56,17 @@ class FloatModel {
     const int exponent = bits == 16 ? 10 : 23;  // bits below the exponent
     uint32_t known = 1;                         // a 1 and the bits so far
     for (int bit = bits; bit-- > 0;) {
-      const uint32_t same = before >> (bit + 1), there = above >> (bit + 1), mark = 1u << (bits - 1 - bit);
+      const uint32_t same = before >> bit >> 1, there = above >> bit >> 1, mark = 1u << (bits - 1 - bit);
       const bool agrees = (same | mark) == known, agrees_above = (there | mark) == known;
       const uint32_t place = static_cast<uint32_t>(bit + bits);
+      const uint32_t next_left = agrees ? 2 + (before >> bit & 1) : 0;
+      const uint32_t next_above = agrees_above ? 2 + (above >> bit & 1) : 0;
       const uint32_t head = bit < exponent ? known >> (exponent - 1 - bit) : known;  // sign and exponent
       Counter* used[kinds] = {
           &counter(0, bits, place),
           &counter(1, bits, bit >= exponent - 6 ? known * 64 : place + 1),
-          &counter(2, bits, (agrees ? 2 + (before >> bit & 1) : 0) + place * 4),
-          &counter(3, bits, (agrees_above ? 2 + (above >> bit & 1) : 0) + (agrees ? 8 + (before >> bit & 1) * 4 : 0) + place * 16),
+          &counter(2, bits, next_left + place * 4),
+          &counter(3, bits, next_left * 4 + next_above + place * 16),
           &counter(4, bits, bit >= exponent ? (known * 64 + (before >> exponent & 63)) : head * 64 + place),
           &counter(5, bits, bit >= exponent - 3 ? (known * 64 + (above >> exponent & 63)) : place + 7),
       };

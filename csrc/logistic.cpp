@@ -109,7 +109,7 @@ int64_t mean_magnitude(const Tail& tail, int64_t inverse) {
   return total;
 }
 
-// 1 / the standard deviation that has the mean magnitude `wanted`, all with 24 bits: within [low, high] if rounding counts.
+// 1 / the standard deviation that has the mean magnitude `wanted` (24 bits), within [low, high] where rounding counts.
 int64_t inverse_of_mean(const Tail& tail, int64_t wanted, int64_t low, int64_t high) {
   if (wanted > 5 * one24) return (one24 * int64_t{26774307}) / wanted;  // 2 sqrt(2 / pi) / mean, the mean in half steps
   while (high - low > (high >> 14) + 1) {
@@ -164,7 +164,7 @@ std::unique_ptr<const LogisticTables> make_tables() {
   int64_t inverse = 0;
   for (int c = 0; c < scale_classes; ++c) {
     const int64_t wanted = power_of_two(tail.exp(), ((2 * c + 1) * one24) / (2 * scale_steps), lowest_scale);
-    inverse = c == 0 ? inverse_of_mean(tail, wanted, 0, one24 << 10) : inverse_of_mean(tail, wanted, inverse / 2, inverse);
+    inverse = inverse_of_mean(tail, wanted, inverse / 2, c == 0 ? one24 << 10 : inverse);
     for (int q = 0; q < 2; ++q) {
       int64_t before = ln(one30) - ln(2 * one30);
       for (int k = 0; k < unary_nodes; ++k) {

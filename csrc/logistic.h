@@ -1,5 +1,5 @@
-// The mathematics of the mixing coder as tables of integers, made by integer arithmetic alone so that every compiler and
-// machine makes the same ones: ln(p / (1 - p)), its inverse, and the tails of a rounded Gaussian.
+// The mathematics of the mixing coder as tables of integers, made by integer arithmetic alone so that every compiler
+// and machine makes the same ones: ln(p / (1 - p)), its inverse, and the tails of a rounded Gaussian.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ struct LogisticTables {
   // [0]: bins (k - 1/2, k + 1/2). [1]: the second trellis quantiser's, edges at 1/4, 1, 2, 3, ...
   int16_t gauss[2][scale_classes][unary_nodes];
   // The same for a Gaussian around a prediction m, by class of mean distance. more[.][i]: the log-odds of more than k,
-  // given k or more, where i = 2 (k - m) + shift_middle. nonzero and negative: those of a value that is not 0, and of one
-  // below 0 among these, where i = 2 m + shift_middle.
+  // given k or more, where i = 2 (k - m) + shift_middle. nonzero and negative: those of a value that is not 0, and of
+  // one below 0 among these, where i = 2 m + shift_middle.
   int16_t more[shift_classes][shift_steps], nonzero[shift_classes][shift_steps], negative[shift_classes][shift_steps];
 };
 

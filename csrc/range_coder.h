@@ -1,7 +1,7 @@
 // Binary arithmetic coding: one bit and the 16-bit probability that it is 1, in and out of bytes.
 //
-// `range` has 32 bits and stays at 2^24 or more, so a probability is cut off by 1 in 256 of itself at worst. The encoder
-// keeps bytes back for as long as a carry can still change them. Reading past the end yields zeros.
+// The range has 32 bits and stays at 2^24 or more, so that a probability is cut off by 1 in 256 of itself at worst. The
+// encoder keeps bytes back for as long as a carry can still change them. Reading past the end yields zeros.
 #pragma once
 
 #include <cstddef>

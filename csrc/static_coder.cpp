@@ -1,5 +1,5 @@
-// Asymmetric numeral systems (range variant) with one table of frequencies a tensor, two with a trellis: eight states of
-// 32 bits take turns, and give and take 16 bits at a time.
+// Asymmetric numeral systems (range variant) with one table of frequencies a tensor, two with a trellis: eight states
+// of 32 bits take turns, and give and take 16 bits at a time.
 #include <algorithm>
 #include <array>
 
@@ -158,8 +158,8 @@ void fill(Lookup& table, int count) {
 
 }  // namespace
 
-// Payload: 3 bytes with the length of the coded tables, these, then the eight states and the words that refill them, all
-// little-endian. The encoder goes backwards.
+// Payload: 3 bytes with the length of the coded tables, these, then the eight states and the words that refill them,
+// all little-endian. The encoder goes backwards.
 std::vector<uint8_t> encode_static(const std::vector<Plane>& strip, int trellis_states) {
   const ParityMachine machine(trellis_states);
   const int quantisers = trellis_states ? 2 : 1;

@@ -7,10 +7,10 @@
     values = decode(blob)                    an array, or a list of arrays where a list was given
     blob = encode_floats([scales, gains])    float16 and float32, every bit pattern; decode_floats(blob)
 
-"mix" estimates every binary decision of a value by mixing adaptive counters of many contexts (scale of the row and the
-column so far, neighbours, the matrix before in a bank, the most similar earlier row, the trellis quantiser) with rounded
-Gaussians. "static" is a table of frequencies for each tensor and asymmetric numeral systems. Integer arithmetic only:
-the same values make the same bytes on every machine, with any number of threads and in every build.
+"mix" estimates every binary decision of a value by mixing adaptive counters of several contexts (scale of the row and
+the column so far, neighbours, the matrix before in a bank, the most similar earlier row, the trellis quantiser) with
+rounded Gaussians. "static" is a table of frequencies for each tensor and asymmetric numeral systems. Integer arithmetic
+only: the same values make the same bytes on every machine, with any number of threads and in every build.
 
 Format, version 1. A number is unsigned, in base 128 with the lowest digit first, 128 added to every digit but the last;
 at most 5 digits. Other integers are little-endian.
@@ -19,27 +19,27 @@ at most 5 digits. Other integers are little-endian.
     byte         0 mix, 1 static, 2 floats; plus 128 if the blob is a list
     byte         states of the trellis: 0, 4 or 8
     number       tensors, at most 4096; exactly 1 unless the blob is a list
-    per tensor   byte: dimensions (integers at most 3, floats at most 8); that many numbers: its shape; then for integers
-                 two signed bytes, the least and the greatest value, 0 and 0 where there is none; for floats a byte, 2 or
-                 4: the size of a value
+    per tensor   byte: dimensions (integers at most 3, floats at most 8); that many numbers: its shape; then for
+                 integers two signed bytes, the least and the greatest value, 0 and 0 where there is none; for floats a
+                 byte, 2 or 4: the size of a value
     numbers      the length of every strip's payload
     payloads
 
-All values together take at most 2^28 bytes. Integer tensors are banks of matrices, of shape (count, rows, cols) with ones
-for missing dimensions, and are cut into planes: every matrix one; or, if it has fewer than 1024 values, the whole bank;
-rows of more than 65536 columns (not with a trellis) are cut to rows of 65536, the last one shorter; planes of more than
-2^22 values are cut after as many whole rows as fit. Tensors whose least and greatest value are equal have no planes. A
-strip ends with the plane that brings it to 2^22 values. Strips are independent of each other. Floats are one strip, if
-there are any. A payload has at least (b - 65536) / 256 bytes, floats / 64, for a strip whose values take b bytes; zeros
-fill it up.
+All values together take at most 2^28 bytes. Integer tensors are banks of matrices, of shape (count, rows, cols) with
+ones for missing dimensions, and are cut into planes: every matrix one; or, if it has fewer than 1024 values, the whole
+bank; a matrix of more than 65536 columns (not with a trellis) is read as one long row cut to rows of 65536, the last
+one shorter; planes of more than 2^22 values are cut after as many whole rows as fit. Tensors whose least and greatest
+value are equal have no planes. A strip ends with the plane that brings it to 2^22 values. Strips are independent of
+each other. Floats are one strip, if there are any. A payload has at least (b - 65536) / 256 bytes, floats / 64, for a
+strip whose values take b bytes; zeros fill it up.
 
 Binary arithmetic coding (mix, floats, static's tables): `csrc/range_coder.h`. A 32-bit range starts at 2^32 - 1; a 1 of
-probability p / 65536 takes the lower (range >> 16) · p of it; below 2^24 it is shifted up by 8 bits. Up to four zeros at
-the end are left out. Mix: one stream a strip, the model in `csrc/mix_model.h` and `csrc/mixer.h`, its tables in
-`csrc/logistic.cpp`; floats: `csrc/float_coder.cpp`. Static: three bytes with the length of the coded tables, these (each
-frequency's length in bits in an adaptive tree of 4 bits, then its bits; frequencies of one tensor add up to 2^14; with
-a trellis a table for each quantiser), then eight states of 4 bytes that take turns from the first value of every plane,
-and 2-byte words that refill a state when it falls below 2^16; all states end at 2^16.
+probability p / 65536 takes the lower (range >> 16) · p of it; below 2^24 it is shifted up by 8 bits. Up to four zeros
+at the end are left out. Mix: one stream a strip, the model in `csrc/mix_model.h` and `csrc/mixer.h`, its tables in
+`csrc/logistic.cpp`; floats: `csrc/float_coder.cpp`. Static: three bytes with the length of the coded tables, these
+(each frequency's length in bits in an adaptive tree of 4 bits, then its bits; frequencies of one tensor add up to 2^14;
+with a trellis a table for each quantiser), then eight states of 4 bytes that take turns from the first value of every
+plane, and 2-byte words that refill a state when it falls below 2^16; all states end at 2^16.
 """
 
 import os
@@ -90,8 +90,11 @@ def encode(
 def decode(
     blob: bytes | bytearray | memoryview, threads: int | None = None, limit_bytes: int = LIMIT_BYTES
 ) -> Array | list[Array]:
-    """What `encode` was given, as numpy arrays. The blob can come from anybody: an `ArtifactError` says what is wrong with
-    it, and one of more than `limit_bytes` values is refused before they are allocated."""
+    """What `encode` was given, as numpy arrays.
+
+    The blob can come from anybody: an `ArtifactError` says what is wrong with it, and one that holds more than
+    `limit_bytes` is refused before they are allocated.
+    """
     return _decode(blob, False, threads, limit_bytes)
 
 
@@ -128,10 +131,11 @@ def _decode(
         native.decode_blob(data.ctypes.data, data.size, values.ctypes.data, values.size, threads or _cores())
     except ValueError as error:
         raise ArtifactError(f"coded blob: {error}") from None
-    arrays = []
-    for (shape, itemsize), part in zip(tensors, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+    arrays: list[Array] = []
+    ends = np.cumsum(sizes, dtype=np.int64)
+    for (shape, itemsize), size, end in zip(tensors, sizes, ends, strict=True):
         dtype = np.dtype({1: "i1", 2: "<f2", 4: "<f4"}[itemsize])
-        arrays.append(part.view(dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape))
+        arrays.append(values[end - size : end].view(dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape))
     return arrays if is_list else arrays[0]
 
 
