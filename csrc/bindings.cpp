@@ -6,6 +6,7 @@
 
 #include "build_config.h"
 #include "build_info.h"
+#include "coder.h"
 #include "cpu_features.h"
 #include "gptq.h"
 #include "gptq_refine.h"
@@ -202,6 +203,91 @@ void round_block_cuda(uintptr_t weight, uintptr_t work, uintptr_t factor, uintpt
 }
 #endif
 
+using Shape = std::vector<int64_t>;
+
+void check_tensors(uintptr_t values, const pgolf::Blob& blob) {
+  require(blob.tensors.size() <= pgolf::most_tensors, "tensors", blob.tensors.size(), "at most 4096");
+  int64_t total = 0;
+  for (const pgolf::CodedTensor& each : blob.tensors) {
+    for (int64_t size : each.shape) require(size >= 0 && size <= pgolf::most_bytes, "size", size, "0 to 2^28");
+    for (int64_t i = 0, product = 1; i < static_cast<int64_t>(each.shape.size()); ++i) {
+      product *= std::max<int64_t>(each.shape[i], 1);
+      require(product <= pgolf::most_bytes, "values", product, "at most 2^28");
+    }
+    total += each.values() * each.bytes;
+    require(total <= pgolf::most_bytes, "bytes", total, "at most 2^28");
+  }
+  require(values != 0 || total == 0, "values", 0, "an address, or 0 without values");
+}
+
+py::bytes as_bytes(const std::vector<uint8_t>& data) {
+  return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
+}
+
+py::bytes encode_ints(uintptr_t values, const std::vector<std::tuple<Shape, int, int>>& tensors, bool is_list,
+                      bool is_static, int trellis_states, int64_t threads) {
+  pgolf::Blob blob;
+  blob.kind = is_static ? pgolf::Kind::fixed : pgolf::Kind::mix;
+  blob.is_list = is_list;
+  blob.trellis_states = trellis_states;
+  const bool known = trellis_states == 0 || trellis_states == 4 || trellis_states == 8;
+  require(known, "trellis_states", trellis_states, "0, 4 or 8");
+  for (const auto& [shape, low, high] : tensors) {
+    require(shape.size() <= 3, "dimensions", shape.size(), "at most 3");
+    require(low >= -128 && low <= high && high <= 127, "low", low, "-128 to high, which is at most 127");
+    blob.tensors.push_back({shape, low, high, 1});
+  }
+  check_tensors(values, blob);
+  std::vector<uint8_t> data;
+  {
+    py::gil_scoped_release unlocked;
+    data = pgolf::encode_ints(blob, reinterpret_cast<const int8_t*>(values), check_threads(threads));
+  }
+  return as_bytes(data);
+}
+
+py::bytes encode_floats(uintptr_t values, const std::vector<std::tuple<Shape, int>>& tensors, bool is_list) {
+  pgolf::Blob blob;
+  blob.kind = pgolf::Kind::floats;
+  blob.is_list = is_list;
+  for (const auto& [shape, bytes] : tensors) {
+    require(shape.size() <= 8, "dimensions", shape.size(), "at most 8");
+    require(bytes == 2 || bytes == 4, "bytes", bytes, "2 or 4");
+    blob.tensors.push_back({shape, 0, 0, bytes});
+  }
+  check_tensors(values, blob);
+  std::vector<uint8_t> data;
+  {
+    py::gil_scoped_release unlocked;
+    data = pgolf::encode_floats(blob, source(values));
+  }
+  return as_bytes(data);
+}
+
+pgolf::Blob open_blob(uintptr_t data, int64_t size) {
+  pgolf::Blob blob;
+  require(data != 0 && size >= 0, "size", size, "0 or more, and data an address");
+  const char* problem = pgolf::read_blob(source(data), static_cast<size_t>(size), blob);
+  if (problem) throw py::value_error(problem);
+  return blob;
+}
+
+py::tuple read_blob(uintptr_t data, int64_t size) {
+  const pgolf::Blob blob = open_blob(data, size);
+  py::list tensors;
+  for (const pgolf::CodedTensor& each : blob.tensors)
+    tensors.append(py::make_tuple(py::tuple(py::cast(each.shape)), each.bytes));
+  return py::make_tuple(blob.kind == pgolf::Kind::floats, blob.is_list, tensors);
+}
+
+void decode_blob(uintptr_t data, int64_t size, uintptr_t values, int64_t bytes, int64_t threads) {
+  const pgolf::Blob blob = open_blob(data, size);
+  require(bytes == blob.bytes(), "bytes", bytes, "what the blob says");
+  require(values != 0 || bytes == 0, "values", 0, "an address, or 0 without values");
+  if (const char* problem = pgolf::decode_blob(blob, target(values), check_threads(threads)))
+    throw py::value_error(problem);
+}
+
 py::dict build_info() {
   const pgolf::BuildInfo info = pgolf::build_info();
   py::dict result;
@@ -263,6 +349,14 @@ PYBIND11_MODULE(_native, module) {
              "difference"_a, "count"_a, "rows"_a, "n"_a, "start"_a, "width"_a, "limit"_a, "stream"_a, Unlocked(),
              "GPTQ of the columns start..start+width-1, device addresses of the current device, queued on `stream`.");
 #endif
+  module.def("encode_ints", &encode_ints, "values"_a, "tensors"_a, "is_list"_a, "is_static"_a, "trellis_states"_a,
+             "threads"_a, "A blob of int8 tensors, one after another at `values`; tensors: (shape, least, most).");
+  module.def("encode_floats", &encode_floats, "values"_a, "tensors"_a, "is_list"_a,
+             "A blob of float16 and float32 tensors, one after another at `values`; tensors: (shape, bytes a value).");
+  module.def("read_blob", &read_blob, "data"_a, "size"_a,
+             "(whether it holds floats, whether it is a list, [(shape, bytes a value)]) of a blob, or ValueError.");
+  module.def("decode_blob", &decode_blob, "data"_a, "size"_a, "values"_a, "bytes"_a, "threads"_a, Unlocked(),
+             "Decodes a blob to `bytes` bytes at `values`, or ValueError.");
   module.def("build_info", &build_info, "How the extension was built and what it found on this machine.");
   module.def("levels", &pgolf::levels, "The code paths that this CPU runs, slowest first.");
   module.def("level", &pgolf::level_name, "The code path in use.");

@@ -1,0 +1,170 @@
+"""Entropy coding of quantised weights, trellis indices and small floats: arrays in, one blob of bytes out, and back.
+
+    blob = encode(values)                    int8 of (rows, cols), or (count, rows, cols) for a bank of layers
+    blob = encode([a, b, c])                 several, so that later ones profit from what was learned from earlier ones
+    blob = encode(values, mode="static")     a little larger, and thirty times as fast
+    blob = encode(indices, trellis_states=8) indices of trellis-coded quantisation; 4 or 8 states
+    values = decode(blob)                    an array, or a list of arrays where a list was given
+    blob = encode_floats([scales, gains])    float16 and float32, every bit pattern; decode_floats(blob)
+
+"mix" estimates every binary decision of a value by mixing adaptive counters of several contexts (scale of the row and
+the column so far, neighbours, the matrix before in a bank, the most similar earlier row, the trellis quantiser) with
+rounded Gaussians. "static" is a table of frequencies for each tensor and asymmetric numeral systems. Integer arithmetic
+only: the same values make the same bytes on every machine, with any number of threads and in every build.
+
+Format, version 1. A number is unsigned, in base 128 with the lowest digit first, 128 added to every digit but the last;
+at most 5 digits. Other integers are little-endian.
+
+    byte         version: 1
+    byte         0 mix, 1 static, 2 floats; plus 128 if the blob is a list
+    byte         states of the trellis: 0, 4 or 8
+    number       tensors, at most 4096; exactly 1 unless the blob is a list
+    per tensor   byte: dimensions (integers at most 3, floats at most 8); that many numbers: its shape; then for
+                 integers two signed bytes, the least and the greatest value, 0 and 0 where there is none; for floats a
+                 byte, 2 or 4: the size of a value
+    numbers      the length of every strip's payload
+    payloads
+
+All values together take at most 2^28 bytes. Integer tensors are banks of matrices, of shape (count, rows, cols) with
+ones for missing dimensions, and are cut into planes: every matrix one; or, if it has fewer than 1024 values, the whole
+bank; a matrix of more than 65536 columns (not with a trellis) is read as one long row cut to rows of 65536, the last
+one shorter; planes of more than 2^22 values are cut after as many whole rows as fit. Tensors whose least and greatest
+value are equal have no planes. A strip ends with the plane that brings it to 2^22 values. Strips are independent of
+each other. Floats are one strip, if there are any. A payload has at least (b - 65536) / 256 bytes, floats / 64, for a
+strip whose values take b bytes; zeros fill it up.
+
+Binary arithmetic coding (mix, floats, static's tables): `csrc/range_coder.h`. A 32-bit range starts at 2^32 - 1; a 1 of
+probability p / 65536 takes the lower (range >> 16) · p of it; below 2^24 it is shifted up by 8 bits. Up to four zeros
+at the end are left out. Mix: one stream a strip, the model in `csrc/mix_model.h` and `csrc/mixer.h`, its tables in
+`csrc/logistic.cpp`; floats: `csrc/float_coder.cpp`. Static: three bytes with the length of the coded tables, these
+(each frequency's length in bits in an adaptive tree of 4 bits, then its bits; frequencies of one tensor add up to 2^14;
+with a trellis a table for each quantiser), then eight states of 4 bytes that take turns from the first value of every
+plane, and 2-byte words that refill a state when it falls below 2^16; all states end at 2^16.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pgolf.errors import ArtifactError
+from pgolf.ops import backends
+
+MODES = ("mix", "static")
+TRELLIS_STATES = (0, 4, 8)
+LIMIT_BYTES = 1 << 28
+MOST_TENSORS = 4096
+MOST_TRELLIS_COLUMNS = 1 << 16
+
+Array = npt.NDArray[Any]
+ArrayLike = Array | torch.Tensor
+
+
+def encode(
+    values: ArrayLike | Sequence[ArrayLike], mode: str = "mix", trellis_states: int = 0, threads: int | None = None
+) -> bytes:
+    """Encode int8 arrays or tensors of at most 3 dimensions: (rows, cols), or (count, rows, cols) for a bank.
+
+    `trellis_states`: the values are indices whose quantiser follows from the parities before them in the row. `threads`
+    work on it at most, by default as many as there are cores; the bytes do not depend on it.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: {mode!r} is not accepted; accepted are {' and '.join(MODES)}")
+    if trellis_states not in TRELLIS_STATES:
+        raise ValueError(f"trellis_states: {trellis_states!r} is not accepted; accepted are 0, 4 and 8")
+    arrays, is_list = _arrays(values, {np.dtype(np.int8)}, 3)
+    if trellis_states and any(array.shape[-1:] > (MOST_TRELLIS_COLUMNS,) for array in arrays):
+        raise ValueError(f"values: rows of more than {MOST_TRELLIS_COLUMNS} values are not accepted with a trellis")
+    tensors = [(array.shape, *_bounds(array)) for array in arrays]
+    flat = arrays[0].reshape(-1) if len(arrays) == 1 else np.concatenate([np.empty(0, np.int8), *map(np.ravel, arrays)])
+    native = backends.native()
+    blob: bytes = native.encode_ints(
+        flat.ctypes.data, tensors, is_list, mode == "static", trellis_states, threads or _cores()
+    )
+    return blob
+
+
+def decode(
+    blob: bytes | bytearray | memoryview, threads: int | None = None, limit_bytes: int = LIMIT_BYTES
+) -> Array | list[Array]:
+    """What `encode` was given, as numpy arrays.
+
+    The blob can come from anybody: an `ArtifactError` says what is wrong with it, and one that holds more than
+    `limit_bytes` is refused before they are allocated.
+    """
+    return _decode(blob, False, threads, limit_bytes)
+
+
+def encode_floats(values: ArrayLike | Sequence[ArrayLike]) -> bytes:
+    """Encode float16 and float32 arrays or tensors of at most 8 dimensions, best all small ones in one call."""
+    arrays, is_list = _arrays(values, {np.dtype(np.float16), np.dtype(np.float32)}, 8)
+    tensors = [(array.shape, array.itemsize) for array in arrays]
+    data = b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays)
+    flat = np.frombuffer(data, np.uint8)
+    blob: bytes = backends.native().encode_floats(flat.ctypes.data, tensors, is_list)
+    return blob
+
+
+def decode_floats(blob: bytes | bytearray | memoryview, limit_bytes: int = LIMIT_BYTES) -> Array | list[Array]:
+    """What `encode_floats` was given, as numpy arrays; errors as for `decode`."""
+    return _decode(blob, True, 1, limit_bytes)
+
+
+def _decode(
+    blob: bytes | bytearray | memoryview, floats: bool, threads: int | None, limit_bytes: int
+) -> Array | list[Array]:
+    native = backends.native()
+    data = np.frombuffer(blob, np.uint8)
+    if not data.size:
+        raise ArtifactError("coded blob: is empty")
+    try:
+        holds_floats, is_list, tensors = native.read_blob(data.ctypes.data, data.size)
+        if holds_floats != floats:
+            raise ValueError(f"holds {'floats' if holds_floats else 'integers'}")
+        sizes = [itemsize * int(np.prod(shape, dtype=np.int64)) for shape, itemsize in tensors]
+        if sum(sizes) > limit_bytes:
+            raise ValueError(f"holds {sum(sizes)} bytes of values; the limit is {limit_bytes}")
+        values = np.empty(sum(sizes), np.uint8)
+        native.decode_blob(data.ctypes.data, data.size, values.ctypes.data, values.size, threads or _cores())
+    except ValueError as error:
+        raise ArtifactError(f"coded blob: {error}") from None
+    arrays: list[Array] = []
+    ends = np.cumsum(sizes, dtype=np.int64)
+    for (shape, itemsize), size, end in zip(tensors, sizes, ends, strict=True):
+        dtype = np.dtype({1: "i1", 2: "<f2", 4: "<f4"}[itemsize])
+        arrays.append(values[end - size : end].view(dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape))
+    return arrays if is_list else arrays[0]
+
+
+def _arrays(
+    values: ArrayLike | Sequence[ArrayLike], dtypes: set[np.dtype[Any]], most_dims: int
+) -> tuple[list[Array], bool]:
+    """`values` as contiguous arrays on the CPU, and whether it was a list."""
+    is_list = not isinstance(values, np.ndarray | torch.Tensor)
+    given = list(values) if is_list else [values]
+    if len(given) > MOST_TENSORS:
+        raise ValueError(f"values: {len(given)} tensors; at most {MOST_TENSORS} are accepted")
+    arrays = []
+    for each in given:
+        array = each.detach().cpu().numpy() if isinstance(each, torch.Tensor) else each
+        if not isinstance(array, np.ndarray) or array.dtype.newbyteorder("=") not in dtypes:
+            found = getattr(array, "dtype", type(array).__name__)
+            raise TypeError(f"values: expected {' or '.join(sorted(map(str, dtypes)))}, got {found}")
+        if array.ndim > most_dims:
+            raise ValueError(f"values: {array.ndim} dimensions; at most {most_dims} are accepted")
+        arrays.append(np.ascontiguousarray(array).reshape(array.shape))
+    total = sum(array.nbytes for array in arrays)
+    if total > LIMIT_BYTES:
+        raise ValueError(f"values: {total} bytes; at most {LIMIT_BYTES} are accepted")
+    return arrays, is_list
+
+
+def _bounds(array: Array) -> tuple[int, int]:
+    return (int(array.min()), int(array.max())) if array.size else (0, 0)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
