@@ -148,15 +148,10 @@ def test_the_kernels_scheme_is_no_worse_than_plain_products_for_any_spectrum(nam
     polynomials = step_coefficients(name, 5)
     for m, n in ((64, 64), (32, 64), (64, 256), (256, 64)):
         for spectrum in SPECTRA.values():
-            bank = torch.stack([with_singular_values(m, n, spectrum(min(m, n))) for _ in range(3)]).bfloat16()
+            bank = torch.stack([with_singular_values(m, n, spectrum(min(m, n))) for _ in range(2)]).bfloat16()
             truth = newton_schulz_reference(bank.double(), polynomials, normalize)
-            results = kernel_scheme(bank, polynomials, normalize), newton_schulz_reference(bank, polynomials, normalize)
-            # The median: a single value that a step sends to an edge of its band decides a small matrix by chance.
-            error, plain = (
-                torch.tensor([relative_error(*pair) for pair in zip(result, truth, strict=True)]).median()
-                for result in results
-            )
-            assert error <= NO_WORSE * plain
+            error = relative_error(kernel_scheme(bank, polynomials, normalize), truth)
+            assert error <= NO_WORSE * relative_error(newton_schulz_reference(bank, polynomials, normalize), truth)
 
 
 def test_no_worse_at_the_record_shapes():
