@@ -277,7 +277,7 @@ py::tuple read_blob(uintptr_t data, int64_t size) {
   py::list tensors;
   for (const pgolf::CodedTensor& each : blob.tensors)
     tensors.append(py::make_tuple(py::tuple(py::cast(each.shape)), each.bytes));
-  return py::make_tuple(blob.kind == pgolf::Kind::floats, blob.is_list, tensors);
+  return py::make_tuple(static_cast<int>(blob.kind), blob.trellis_states, blob.is_list, tensors);
 }
 
 void decode_blob(uintptr_t data, int64_t size, uintptr_t values, int64_t bytes, int64_t threads) {
@@ -354,7 +354,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("encode_floats", &encode_floats, "values"_a, "tensors"_a, "is_list"_a,
              "A blob of float16 and float32 tensors, one after another at `values`; tensors: (shape, bytes a value).");
   module.def("read_blob", &read_blob, "data"_a, "size"_a,
-             "(whether it holds floats, whether it is a list, [(shape, bytes a value)]) of a blob, or ValueError.");
+             "(0 mix, 1 static, 2 floats; states; whether it is a list; [(shape, bytes a value)]) of a blob, or ValueError.");
   module.def("decode_blob", &decode_blob, "data"_a, "size"_a, "values"_a, "bytes"_a, "threads"_a, Unlocked(),
              "Decodes a blob to `bytes` bytes at `values`, or ValueError.");
   module.def("build_info", &build_info, "How the extension was built and what it found on this machine.");
