@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pgolf
+from pgolf.artifact_cli import add_artifact_parser
 from pgolf.doctor import add_doctor_parser
 from pgolf.errors import DataError, PgolfError, UserError
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     add_doctor_parser(commands)
     _add_data_commands(commands)
+    add_artifact_parser(commands)
 
     score = commands.add_parser("eval", help="score an artifact on a validation split")
     score.add_argument("target", metavar="RUN_OR_ARTIFACT", help="a run's folder or a .pgolf file")
