@@ -24,13 +24,19 @@ from pgolf.dataset import open_dataset
 from pgolf.distributed import launch
 from pgolf.evaluate import evaluate
 from pgolf.model import Model, ModelConfig
-from pgolf.quantize import collect_hessians, quantize, quantize_to_size
+from pgolf.quantize import collect_hessians, load_weights, quantize, quantize_to_size
 from pgolf.quantizers import QUANTIZERS
 from pgolf.rate_budget import PROBE_ROWS, clip_of, measure_rises
 from pgolf.run import CHECKPOINT
 from pgolf.settings import validate
 
 NEAR = 0.001
+VARIANTS = {name: {"quantizer": name} for name in QUANTIZERS} | {
+    "gptq, LQER": {"quantizer": "gptq", "lqer_rank": 4},
+    "gptq, #1855's clips": {"quantizer": "gptq", "mlp_clip_sigmas": 11.5, "attn_clip_sigmas": 13.0},
+    "gptq, mlp int5": {"quantizer": "gptq", "mlp_bits": 5},
+}
+BUDGETED = ("gptq", "trellis")
 DRAWS = (0.96, 0.98, 1.0, 1.02, 1.04)
 
 
@@ -69,9 +75,7 @@ def rows_of(folder: Path, ranks, work: Path):
         scored, found = Model(config, torch.float32).to(ranks.device), []
         for draw in DRAWS:
             stored = quantize(model, hessians, chosen, {key: draw * clip for key, clip in clips.items()})
-            with torch.no_grad():
-                for tensor in stored:
-                    getattr(scored, tensor.name).copy_(tensor.dequantize())
+            load_weights(scored, stored)
             found.append(bpb(scored))
         return sum(found) / len(found)
 
@@ -83,9 +87,9 @@ def rows_of(folder: Path, ranks, work: Path):
 
     base = bpb(model)
     wanted = None
-    for name in sorted(QUANTIZERS, key=lambda name: name != "gptq"):  # gptq says how many bytes
-        chosen = settings.model_copy(update={"quantizer": name})
-        clips = {key: clip_of(key, settings) for key in hessians}
+    for name in sorted(VARIANTS, key=lambda name: name != "gptq"):  # gptq says how many bytes
+        chosen = settings.model_copy(update=VARIANTS[name])
+        clips = {key: clip_of(key, chosen) for key in hessians}
         begin = time.perf_counter()
         tensors = quantize(model, hessians, chosen, clips)
         seconds = time.perf_counter() - begin
@@ -94,10 +98,10 @@ def rows_of(folder: Path, ranks, work: Path):
         while abs(size / wanted - 1) > NEAR:
             coded = sum(p.numel() for key, p in model.named_parameters() if key in hessians)
             scale *= 2 ** (8 * (size - wanted) / coded)
-            clips = {key: scale * clip_of(key, settings) for key in hessians}
+            clips = {key: scale * clip_of(key, chosen) for key in hessians}
             size = write(quantize(model, hessians, chosen, clips)).total
         yield name, size, scale, seconds, base, mean_bpb(chosen, clips)
-        if name == "rtn":
+        if name not in BUDGETED:
             continue
         chosen = chosen.model_copy(update={"artifact_bytes": wanted})
         rises = measure_rises(model, hessians, itertools.islice(batches(), PROBE_ROWS), chosen, ranks)

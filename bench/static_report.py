@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEAK_FLOPS = 989e12
 PEAK_FLOAT32_FLOPS = 67e12
 BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}  # bytes a second
+LAUNCHED_SHARED_BYTES = {"round_block": 96 * 1024}  # a block, asked for at the launch: ptxas does not tell
 RECORD_VALUES = 36_000_000  # weights of a record, for the kernels that convert values
 NVCC_TIMEOUT_SECONDS = 300
 
@@ -144,6 +145,7 @@ def read_ptxas(log: str, ptx: str) -> list[KernelReport]:
         threads = _first(r"\.maxntid\s+(\d+)", body) or 1024  # what the compiler must assume
         registers, shared = _first(r"Used (\d+) registers", part), _first(r"(\d+) bytes smem", part)
         name = short_name(demangle(symbol))
+        shared += LAUNCHED_SHARED_BYTES.get(name, 0)
         bytes_moved, flops = conversion_work(name)
         reports.append(
             KernelReport(

@@ -14,6 +14,7 @@ struct Shared {
   float factor[most_columns][most_columns];      // zero past the block's width
   float difference[most_columns][rows_a_block];  // [column][row], read by the thread that wrote it only
 };
+static_assert(sizeof(Shared) == 96 * 1024, "bench/static_report.py counts with it");
 
 // The 16 numbers at `from`, the same for all threads of a warp.
 __device__ __forceinline__ void load_panel(float (&to)[panel], const float* from) {

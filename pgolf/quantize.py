@@ -1,7 +1,8 @@
 """From trained weights to what the artifact stores, and back.
 
 Matrices and embedding: QUANTIZER against the Hessian of their inputs, int6 and int8 with one float16 scale a row. Small
-parameters: float16. Hessians come from training batches seen by the trained model, inside the training budget.
+parameters: float16. LQER_RANK adds low-rank corrections. Hessians come from training batches seen by the trained model,
+inside the training budget.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from pgolf import ops, rate_budget
+from pgolf import low_rank, ops, rate_budget
 from pgolf.artifact import Artifact, ByteCount, StoredTensor
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
@@ -61,10 +62,10 @@ def collect_hessians(
 def quantize(
     model: Model, hessians: dict[str, Tensor], settings: Settings, clips: dict[str, float] | None = None
 ) -> list[StoredTensor]:
-    """Every parameter in its stored form. `clips` are the clip_sigmas of single tensors, by name."""
-    stored = []
-    for name, parameter in model.named_parameters():
-        weight, role = parameter.detach().float().cpu(), role_of(name)
+    """Every parameter in its stored form, then the corrections. `clips` are the clip_sigmas of single tensors."""
+    stored, weights = [], {name: parameter.detach().float().cpu() for name, parameter in model.named_parameters()}
+    for name, weight in weights.items():
+        role = role_of(name)
         shape = tuple(weight.shape)
         if role == "control":
             stored.append(StoredTensor(name, role, shape, weight.half(), None, 16))
@@ -73,7 +74,29 @@ def quantize(
         clip_sigmas = (clips or {}).get(name, rate_budget.clip_of(name, settings))
         found = rate_budget.quantize_tensor(name, weight, hessians, settings, clip_sigmas)
         stored.append(StoredTensor(name, role, shape, found.values, found.scale, bits, found.order, found.states))
+    if settings.lqer_rank:
+        stored += low_rank.corrections(weights, stored, hessians, settings)
     return stored
+
+
+def load_weights(model: Model, tensors: Iterable[StoredTensor]) -> None:
+    """Put stored tensors, corrections added, into `model`; names and shapes must be the model's."""
+    given = {tensor.name: tensor for tensor in tensors}
+    factors = {name: tensor for name, tensor in given.items() if low_rank.is_factor(name)}
+    plain = {name: tensor for name, tensor in given.items() if name not in factors}
+    expected = model.config.shapes()
+    found = {name: tensor.shape for name, tensor in plain.items()}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise ArtifactError(f"artifact: {wrong[0]} is {found.get(wrong[0])}, the model needs {expected.get(wrong[0])}")
+    weights = {name: tensor.dequantize(torch.float32) for name, tensor in plain.items()}
+    try:
+        low_rank.add_corrections(weights, factors)
+    except ValueError as error:
+        raise ArtifactError(f"artifact: {error}") from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
 
 
 def quantize_to_size(
@@ -112,13 +135,6 @@ def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.de
         config = ModelConfig.of(validate(described))  # the same rules as for a user's settings
     except UserError as error:
         raise ArtifactError(f"artifact: its model cannot be: {error}") from None
-    expected = config.shapes()
-    found = {name: tensor.shape for name, tensor in artifact.tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise ArtifactError(f"artifact: {wrong[0]} is {found.get(wrong[0])}, the model needs {expected.get(wrong[0])}")
     model = Model(config, dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(artifact.tensors[name].dequantize(torch.float32))
+    load_weights(model, artifact.tensors.values())
     return model.to(device)

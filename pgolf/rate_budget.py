@@ -54,11 +54,27 @@ class Fit:
 
 
 def clip_of(name: str, settings: Settings) -> float:
-    return settings.embed_clip_sigmas if role_of(name) == "embedding" else settings.matrix_clip_sigmas
+    """The settings' clip_sigmas of a parameter, by its role."""
+    return clip_of_role(role_of(name), settings)
+
+
+def clip_of_role(role: str, settings: Settings) -> float:
+    own = {
+        "embedding": settings.embed_clip_sigmas,
+        "attention": settings.attn_clip_sigmas,
+        "mlp": settings.mlp_clip_sigmas,
+    }
+    return own[role] or settings.matrix_clip_sigmas
 
 
 def bits_of(name: str, settings: Settings) -> int:
-    return settings.embed_bits if role_of(name) == "embedding" else settings.matrix_bits
+    """The settings' bits of a parameter, by its role."""
+    return bits_of_role(role_of(name), settings)
+
+
+def bits_of_role(role: str, settings: Settings) -> int:
+    own = {"embedding": settings.embed_bits, "attention": settings.attn_bits, "mlp": settings.mlp_bits}
+    return own[role] or settings.matrix_bits
 
 
 @torch.inference_mode()

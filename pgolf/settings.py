@@ -89,6 +89,13 @@ class Settings(BaseModel):
     embed_bits: int = Field(8, ge=2, le=8)
     matrix_clip_sigmas: float = Field(12.85, gt=0)
     embed_clip_sigmas: float = Field(20.0, gt=0)
+    attn_bits: int = Field(0, ge=0, le=8)  # of one role; 0: as MATRIX_BITS
+    mlp_bits: int = Field(0, ge=0, le=8)
+    attn_clip_sigmas: float = Field(0.0, ge=0)  # of one role; 0: as MATRIX_CLIP_SIGMAS
+    mlp_clip_sigmas: float = Field(0.0, ge=0)
+    lqer_rank: int = Field(0, ge=0)  # of the low-rank corrections; 0: none
+    lqer_top_k: int = Field(3, gt=0)  # matrices that get one
+    lqer_factor_bits: int = Field(4, ge=2, le=8)
     gptq_damping: float = Field(0.01, gt=0)
     gptq_calibration_batches: int = Field(16, gt=0)  # of train_batch_tokens
     gptq_reserve_seconds: float = Field(8.0, ge=0)  # kept back from training for calibration
@@ -125,6 +132,8 @@ class Settings(BaseModel):
                 value % self.train_seq_len == 0,
                 f"{name.upper()}={value} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}",
             )
+        for name in ("attn_bits", "mlp_bits"):
+            need(getattr(self, name) != 1, f"{name.upper()}=1 must be 2 to 8, or 0 for MATRIX_BITS")
         need(
             self.gptq_reserve_seconds < self.max_wallclock_seconds,
             f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g} leaves no time to train: "

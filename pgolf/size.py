@@ -7,6 +7,7 @@ from typing import Any
 
 import pgolf
 from pgolf.model import ModelConfig, role_of
+from pgolf.rate_budget import bits_of_role, clip_of_role
 from pgolf.settings import Settings
 
 # Brotli's and zstandard's excess over the order-0 entropy of int6 weights, as measured on trained ones (1.014).
@@ -57,9 +58,8 @@ def projected_size(settings: Settings) -> dict[str, Any]:
     """Parameters and projected bytes by role, without training; weights are taken for Gaussian rows, and nearly are."""
     config = ModelConfig.of(settings)
     bits_of = {
-        "embedding": entropy_bits(settings.embed_bits, settings.embed_clip_sigmas),
-        "attention": entropy_bits(settings.matrix_bits, settings.matrix_clip_sigmas),
-        "mlp": entropy_bits(settings.matrix_bits, settings.matrix_clip_sigmas),
+        role: entropy_bits(bits_of_role(role, settings), clip_of_role(role, settings))
+        for role in ("embedding", "attention", "mlp")
     }
     parameters: dict[str, int] = {}
     size: dict[str, float] = {}

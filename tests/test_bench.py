@@ -224,6 +224,8 @@ def test_every_shipped_kernel_fits_without_spills():
     assert not [report.kernel for report in reports if report.spills]
     # round_block holds its columns on chip; the others stream and hide the memory's latency behind many warps
     assert all(report.occupancy > 0.5 for report in reports if report.kernel != "round_block")
+    (rounding,) = (report for report in reports if report.kernel == "round_block")
+    assert rounding.occupancy == 2 * 2 / 64, "two blocks of two warps, by their 96 KB"
 
 
 def test_the_report_says_what_it_cannot_read(monkeypatch, capsys, tmp_path):

@@ -1,16 +1,18 @@
 """Quantisers by name, and the byte budget: equal slopes in a closed loop."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
-from pgolf.artifact import read_artifact, write_artifact
+from pgolf.artifact import StoredTensor, read_artifact, write_artifact
 from pgolf.distributed import Ranks
-from pgolf.errors import UserError
+from pgolf.errors import ArtifactError, UserError
+from pgolf.low_rank import add_corrections, corrections
 from pgolf.model import Model, ModelConfig, role_of
-from pgolf.quantize import model_from_artifact, quantize, quantize_to_size
+from pgolf.quantize import load_weights, model_from_artifact, quantize, quantize_to_size
 from pgolf.quantizers import QUANTIZERS
 from pgolf.rate_budget import CLIPS, MOST_CODINGS, Coded, choose_clips, fit, measure_rises
 from pgolf.settings import Settings, load_settings
@@ -72,6 +74,69 @@ def test_every_quantizer_makes_an_artifact_of_like_size(tiny, tmp_path):
             assert torch.equal(parameters[tensor.name], tensor.dequantize())
     assert max(sizes.values()) < 1.04 * min(sizes.values())  # trellises of small matrices pay for their columns' order
     assert losses["trellis"] < 0.92 * losses["gptq"] < 0.92 * losses["rtn"]
+
+
+def test_low_rank_corrections(tiny, tmp_path):
+    model, hessians, _, settings = tiny
+    losses = {}
+    for rank, top_k in ((0, 3), (4, 3), (4, 1), (8, 100), (64, 100)):
+        chosen = settings.model_copy(update={"quantizer": "rtn", "lqer_rank": rank, "lqer_top_k": top_k})
+        tensors = quantize(model, hessians, chosen)
+        matrices = sum(len(p) if p.ndim == 3 else 1 for name, p in model.named_parameters() if name in hessians)
+        assert len(tensors) - len(model.config.shapes()) == 2 * min(top_k, matrices) * (rank > 0)
+        path = tmp_path / "lqer.pgolf"
+        write_artifact(path, tensors, {"model": model.config.as_dict()})
+        back = dict(model_from_artifact(read_artifact(path), torch.float32, torch.device("cpu")).named_parameters())
+        losses[rank, top_k] = sum(
+            proxy_loss(p, back[name], hessians[name]) for name, p in model.named_parameters() if name in hessians
+        )
+    assert losses[0, 3] > losses[4, 1] > losses[4, 3] > losses[8, 100] > 10 * losses[64, 100]
+
+
+def test_the_correction_is_the_best_of_its_rank():
+    torch.manual_seed(0)
+    settings = load_settings({"PRESET": "demo", "LQER_RANK": "3", "LQER_FACTOR_BITS": "8", "LQER_TOP_K": "1"})
+    weight = torch.randn(40, 24)
+    x = torch.randn(100, 24) * torch.logspace(0, 1.5, 24)
+    hessian = (x.mT @ x)[None]
+    nothing = StoredTensor("w", "mlp", (40, 24), torch.zeros(40, 24, dtype=torch.int8), torch.ones(40).half(), 6)
+    left, right = corrections({"w": weight}, [nothing], {"w": hessian}, settings)
+    found = {"w": torch.zeros(40, 24)}
+    add_corrections(found, {each.name: each for each in (left, right)})
+    # by the theorem of Eckart and Young, what is left are the other singular values of W C
+    root = torch.linalg.cholesky(hessian[0].double() + 0.01 * hessian[0].diagonal().mean() * torch.eye(24))
+    least = torch.linalg.svdvals(weight.double() @ root)[3:].square().sum()
+    assert least * (1 - 1e-6) < ((weight - found["w"]).double() @ root).square().sum() < 1.01 * least
+
+
+def test_factors_that_do_not_fit(tiny):
+    model, hessians, _, settings = tiny
+    chosen = settings.model_copy(update={"lqer_rank": 2, "lqer_top_k": 1})
+    tensors = quantize(model, hessians, chosen)
+    good, left, right = tensors[:-2], *tensors[-2:]
+    other = Model(model.config)
+    load_weights(other, tensors)
+    of = left.name.rsplit(".", 2)[0]
+    for bad, message in (
+        ([left], "right is missing"),
+        ([replace(left, name="q_gain.0.left"), replace(right, name="q_gain.0.right")], "do not correct matrix 0"),
+        ([replace(left, name="nothing.0.left"), right], "corrects no matrix"),
+        ([replace(left, name=f"{of}.99.left"), replace(right, name=f"{of}.99.right")], "do not correct matrix 99"),
+        ([right, replace(left, values=left.values[:1], scale=left.scale[:1], shape=(1, left.shape[1]))], "do not corr"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            load_weights(other, [*good, *bad])
+
+
+def test_bits_and_steps_by_role(tiny):
+    model, hessians, _, settings = tiny
+    chosen = settings.model_copy(update={"mlp_bits": 4, "attn_bits": 7, "mlp_clip_sigmas": 3.0, "quantizer": "rtn"})
+    stored = {tensor.name: tensor for tensor in quantize(model, hessians, chosen)}
+    assert (stored["up_bank"].bits, stored["qo_bank"].bits, stored["embedding"].bits) == (4, 7, settings.embed_bits)
+    expected = 3.0 * model.up_bank.std(dim=-1) / 7
+    torch.testing.assert_close(stored["up_bank"].scale.float(), expected.detach(), rtol=0.02, atol=0)
+    with pytest.raises(UserError, match="MLP_BITS=1 must be 2 to 8, or 0"):
+        load_settings({"PRESET": "demo", "MLP_BITS": "1"})
 
 
 def test_equal_slopes():

@@ -27,9 +27,6 @@ from torch import Tensor
 
 from pgolf.triton_kernels.variants import Variant, architecture
 
-LARGEST_SOFTCAP = 64.0  # exp(64) · 2^32 classes is finite in float32
-SMALLEST_SOFTCAP = 1e-30  # 2/c is finite
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -210,11 +207,6 @@ def rescale_kernel(
             value = tl.load(tensor_ptr + position, mask=position < count)
             value = (value.to(tl.float32) * factor).to(tensor_ptr.dtype.element_ty)
             tl.store(tensor_ptr + position, value, mask=position < count)
-
-
-def accepts(dtype: torch.dtype, softcap: float) -> bool:
-    """Whether the kernel computes this; the rest is for plain PyTorch."""
-    return dtype != torch.float64 and SMALLEST_SOFTCAP <= softcap <= LARGEST_SOFTCAP
 
 
 def launch(

@@ -68,13 +68,17 @@ def backend(name: str) -> Iterator[None]:
         _forced = outer
 
 
-def choose(op: str, device_type: str) -> str:
-    """Name of the backend that runs `op` on tensors of `device_type` ("cpu", "cuda", ...)."""
-    return _choose(op, device_type, _forced)
+def choose(op: str, device_type: str, no_kernel_for: str = "") -> str:
+    """Name of the backend that runs `op` on tensors of `device_type` ("cpu", "cuda", ...).
+
+    `no_kernel_for`: what about these arguments no kernel of `op` takes ("float64"); then it is `reference`, and forcing
+    a kernel raises.
+    """
+    return _choose(op, device_type, _forced, no_kernel_for)
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, device_type: str, forced: str | None) -> str:
+def _choose(op: str, device_type: str, forced: str | None, no_kernel_for: str) -> str:
     # Under torch.compile this runs once, at trace time: the book-keeping below is not part of any graph.
     if forced is None:
         forced = os.environ.get("PGOLF_BACKEND") or None
@@ -87,21 +91,25 @@ def _choose(op: str, device_type: str, forced: str | None) -> str:
                 f"{op}: backend {forced!r} cannot run on {device_type}: {found.reason}"
                 + (f" (mend: {found.mend})" if found.mend else "")
             )
+        if no_kernel_for and forced != "reference":
+            raise BackendUnavailable(f"{op}: backend {forced!r} has no kernel for {no_kernel_for}; only reference does")
         chosen = forced
     else:
-        chosen = _preferred(op, device_type)
+        chosen = _preferred(op, device_type, no_kernel_for)
     _used[op] = chosen
     return chosen
 
 
-def _preferred(op: str, device_type: str) -> str:
+def _preferred(op: str, device_type: str, no_kernel_for: str) -> str:
     kernels = _devices[op]
     for name, device_types in kernels.items():
-        if device_type in device_types and _availability(op, name, device_type).ok:
+        if not no_kernel_for and device_type in device_types and _availability(op, name, device_type).ok:
             return name
     if device_type == "cuda" and op not in _fallbacks:
         _fallbacks.append(op)
         reasons = [f"{name}: {_availability(op, name, 'cuda').reason}" for name in kernels] or ["no kernel yet"]
+        if no_kernel_for:
+            reasons = [f"no kernel for {no_kernel_for}"]
         warnings.warn(f"pgolf: {op} runs as plain PyTorch on CUDA ({'; '.join(reasons)})", stacklevel=4)
     return "reference"
 

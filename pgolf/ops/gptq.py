@@ -79,8 +79,9 @@ def gptq(
     """
     _check(weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
     arguments = (weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
-    chosen = backends.choose("gptq", weight.device.type)
-    if chosen == "reference" or work_dtype(weight, hessian) == torch.float64 or weight.numel() == 0:
+    wide = work_dtype(weight, hessian) == torch.float64
+    chosen = backends.choose("gptq", weight.device.type, "float64" if wide else "")
+    if chosen == "reference" or weight.numel() == 0:
         return gptq_reference(*arguments)
     return _gptq_on_cuda(*arguments) if weight.is_cuda else _gptq_on_cpu(*arguments)
 

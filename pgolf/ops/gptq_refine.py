@@ -47,8 +47,9 @@ def gptq_refine(
         values and scale, new tensors like those given.
     """
     _check(weight, hessian, values, scale, bits, sweeps, refits)
-    chosen = backends.choose("gptq_refine", weight.device.type)
-    if chosen == "reference" or work_dtype(weight, hessian) == torch.float64 or weight.numel() == 0:
+    wide = work_dtype(weight, hessian) == torch.float64
+    chosen = backends.choose("gptq_refine", weight.device.type, "float64" if wide else "")
+    if chosen == "reference" or weight.numel() == 0:
         return gptq_refine_reference(weight, hessian, values, scale, bits, sweeps, refits)
     return _refine_on_cpu(weight, hessian, values, scale, bits, sweeps, refits)
 

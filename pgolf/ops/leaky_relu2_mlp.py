@@ -47,7 +47,7 @@ def leaky_relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = 0.5)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_up, w_down = (value.to(dtype) for value in (x, w_up, w_down))
-    backend = "reference" if x.dtype == torch.float64 else backends.choose("leaky_relu2_mlp", x.device.type)
+    backend = backends.choose("leaky_relu2_mlp", x.device.type, "float64" if x.dtype == torch.float64 else "")
     out, _ = _forward(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w_up, w_down, float(slope), backend)
     return out.view(x.shape)
 

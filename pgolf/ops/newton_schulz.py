@@ -28,7 +28,7 @@ computes one triangle of symmetric products and for bfloat16 banks iterates in f
 list of polynomials that could leave its range is iterated in bfloat16). Those bits pay for the Gram form where the long
 side is at least twice the short one, two steps at a time:
 
-    G = X Xᵀ,  Z = aI + bG + cG²,  G ← Z G Z,  Z' = a'I + b'G + c'G²,  X ← (Z Z') X
+    G = X Xᵀ,  Z = aI + bG + cG²,  G ← Z G Z,  Z' = a'I + b'G + c'G²,  X ← aa'/2 X + (Z Z' - aa'/2 I) X
 
 In the dtype of the bank it can have two to four times the error of the plain products, so float16 and float32 banks
 take the steps one by one. Three steps without forming X lose the small singular values beside large ones
@@ -39,9 +39,9 @@ Error against float64 for 5 steps and singular values within a factor of 10: flo
 rounding error with it; the error is at most 1.1 times that of the same products written out one by one.
 
 Cost of a step and matrix, n <= m: the reference 4n²m + 2n³ FLOPs, the Triton path as `flops` says. Launches of the
-Triton path: 2 to normalise (with "aol" 7, one of them a product), 3 a step, in the Gram form 7 for two, and 1 to copy
+Triton path: 2 to normalise (with "aol" 7, one of them a product), 3 a step, in the Gram form 9 for two, and 1 to copy
 where the dtype changes, a size is no multiple of 8 or `out` is given; where a x is added apart, the library may copy x
-besides. So 5 steps of a bfloat16 bank take 18 if it is square and 20 in the Gram form. Nothing waits for the device, so
+besides. So 5 steps of a bfloat16 bank take 18 if it is square and 24 in the Gram form. Nothing waits for the device, so
 a CUDA graph can hold it all.
 
 Errors: `TypeError`/`ValueError` naming the argument.
@@ -83,7 +83,7 @@ AOL = (
 COEFFICIENTS = ("polar_express", "quintic", "aol")
 NORMALIZATIONS = ("frobenius", "row", "aol")
 
-LARGEST_PAIR_GAIN = 40.0  # of two steps on one Gram matrix; the first two of Polar Express have 33
+LARGEST_PAIR_GAIN = 20.0  # of two steps on one Gram matrix; the second and third of Polar Express have 16
 LARGEST_GAIN = 1000.0  # of a step in float16
 LARGEST_VALUE = 16.0  # a singular value between steps in float16
 
@@ -123,7 +123,7 @@ def newton_schulz(
     arguments = (
         [number for triple in polynomials for number in triple],
         normalize,
-        backends.choose("newton_schulz", bank.device.type),
+        backends.choose("newton_schulz", bank.device.type, "float64" if bank.dtype == torch.float64 else ""),
     )
     if out is None:
         return _orthogonalized(bank, *arguments)
@@ -204,18 +204,22 @@ def step_coefficients(coefficients: Coefficients, steps: int) -> tuple[Polynomia
 def schedule(
     rows: int, columns: int, dtype: torch.dtype, polynomials: tuple[Polynomial, ...]
 ) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The dtype in which the Triton path iterates, and how many steps (1 or 2) it takes on each Gram matrix."""
+    """The dtype in which the Triton path iterates, and how many steps (1 or 2) it takes on each Gram matrix.
+
+    Pairs are formed from the end: the first steps enlarge small singular values most, and rounding errors with them.
+    """
     singles = (1,) * len(polynomials)
     gains = _gains(polynomials)
     if dtype != torch.bfloat16 or gains is None:
         return dtype, singles
     if max(rows, columns) < 2 * min(rows, columns):
         return torch.float16, singles
-    segments = []
-    step = 0
-    while step < len(gains):
-        segments.append(2 if math.prod(gains[step : step + 2]) <= LARGEST_PAIR_GAIN and step + 1 < len(gains) else 1)
-        step += segments[-1]
+    segments: list[int] = []
+    left = len(gains)
+    while left:
+        pair = left >= 2 and math.prod(gains[left - 2 : left]) <= LARGEST_PAIR_GAIN
+        segments.insert(0, 2 if pair else 1)
+        left -= segments[0]
     return torch.float16, tuple(segments)
 
 
@@ -264,7 +268,7 @@ def _computed(bank: Tensor, polynomials: Sequence[float], normalize: str, backen
     _check(bank, normalize)  # again: the operations can be called without the public function
     bank = bank.detach()
     triples = tuple(zip(polynomials[::3], polynomials[1::3], polynomials[2::3], strict=True))
-    if backend == "triton" and bank.dtype != torch.float64 and bank.numel():
+    if backend == "triton" and bank.numel():
         return _by_kernels(bank.view(-1, *bank.shape[-2:]), triples, normalize).view(bank.shape)
     return newton_schulz_reference(bank, triples, normalize)
 
@@ -296,8 +300,8 @@ def iterate(
 ) -> Tensor:
     """The steps on x (B, M, N), normalised; `segments` says how many are taken on each Gram matrix.
 
-    `wide_bits`: x has bits to spare, so a times the identity may be rounded together with the rest of Z; otherwise a x
-    is added in float32. Products come from `symmetric_product` and `product`.
+    `wide_bits`: x has bits to spare, so in a single step a times the identity may be rounded together with the rest of
+    Z; otherwise a x is added in float32. Products come from `symmetric_product` and `product`.
     """
     tall = x.shape[1] > x.shape[2]
     begin = 0
@@ -306,28 +310,40 @@ def iterate(
         begin += length
         short_first = x.mT if tall else x
         gram = symmetric_product(short_first, short_first)
-        if wide_bits:
-            q = _gathered(gram, steps, symmetric_product)
-            x = product(x, q) if tall else product(q, x)
+        if length == 1 and wide_bits:
+            z = _matrix_of(steps[0], gram, symmetric_product, apart=0.0)
+            x = product(x, z) if tall else product(z, x)
+            continue
+        if length == 1:
+            apart, rest = steps[0][0], _matrix_of(steps[0], gram, symmetric_product, apart=steps[0][0])
         else:
-            ((a, b, c),) = steps
-            y = symmetric_product(gram, gram, alpha=c, beta=b, plus=gram)
-            x = torch.baddbmm(x, *((x, y) if tall else (y, x)), beta=a)
+            apart, rest = _pair_of((steps[0], steps[1]), gram, symmetric_product)
+        x = torch.baddbmm(x, *((x, rest) if tall else (rest, x)), beta=apart)
     return x
 
 
-def _gathered(gram: Tensor, steps: Sequence[Polynomial], symmetric_product: Callable[..., Tensor]) -> Tensor:
-    """Q with Q X the result of one or two steps; gram (B, n, n) is X Xᵀ."""
+def _matrix_of(step: Polynomial, gram: Tensor, symmetric_product: Callable[..., Tensor], apart: float) -> Tensor:
+    """Z - apart I, with Z X the result of the step; gram (B, n, n) is X Xᵀ."""
+    a, b, c = step
+    return symmetric_product(gram, gram, alpha=c, beta=b, plus=gram, gamma=a - apart)
 
-    def polynomial(gram: Tensor, step: Polynomial) -> Tensor:
-        a, b, c = step
-        return symmetric_product(gram, gram, alpha=c, beta=b, plus=gram, gamma=a)
 
-    q = polynomial(gram, steps[0])
-    if len(steps) == 2:
-        gram = symmetric_product(q, symmetric_product(gram, q))
-        q = symmetric_product(q, polynomial(gram, steps[1]))
-    return q
+def _pair_of(
+    steps: tuple[Polynomial, Polynomial], gram: Tensor, symmetric_product: Callable[..., Tensor]
+) -> tuple[float, Tensor]:
+    """(t, R) with t X + R X the result of two steps; gram (B, n, n) is X Xᵀ.
+
+    Z Z' ends between a a' (times the identity, for tiny singular values) and about 1 (for large ones). With half of
+    a a' kept apart R is never larger than that half, and so is the rounding error that it brings.
+    """
+    t, then = (0.5 * step[0] for step in steps)
+    r = _matrix_of(steps[0], gram, symmetric_product, apart=t)
+    gram = symmetric_product(gram, r, beta=t, plus=gram)
+    gram = symmetric_product(r, gram, beta=t, plus=gram)
+    last = _matrix_of(steps[1], gram, symmetric_product, apart=then)
+    apart = 0.5 * steps[0][0] * steps[1][0]
+    both = symmetric_product(r, last, beta=1.0, plus=torch.add(then * r, last, alpha=t), gamma=t * then - apart)
+    return apart, both
 
 
 def _scale_aol(x: Tensor, symmetric_product: Callable[..., Tensor]) -> None:

@@ -36,7 +36,8 @@ from pgolf.ops import backends, checks
 REDUCTIONS = ("mean", "sum", "none")
 
 _CACHED_VALUES = 1 << 18  # of a chunk on the CPU: two float32 buffers of this size stay in cache
-_UNSHIFTED_SOFTCAP = 64.0  # exp(64)·V is finite in float32
+_UNSHIFTED_SOFTCAP = 64.0  # exp(64) · 2^32 classes is finite in float32
+_SMALLEST_SOFTCAP = 1e-30  # of the kernel: 2/softcap is finite
 
 backends.register("softcapped_cross_entropy", triton=("cuda",))
 
@@ -209,11 +210,12 @@ def compute(
 
 
 def _uses_kernel(op: str, logits: Tensor, softcap: float) -> bool:
-    if backends.choose(op, logits.device.type) != "triton":
-        return False
-    from pgolf.triton_kernels.softcapped_cross_entropy import accepts
-
-    return accepts(logits.dtype, softcap)
+    missing = ""
+    if logits.dtype == torch.float64:
+        missing = "float64"
+    elif not _SMALLEST_SOFTCAP <= softcap <= _UNSHIFTED_SOFTCAP:
+        missing = f"a softcap of {softcap:g}"
+    return backends.choose(op, logits.device.type, missing) == "triton"
 
 
 def _compute_in_chunks(

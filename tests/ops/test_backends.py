@@ -137,6 +137,23 @@ def test_falling_back_on_cuda_warns_once_by_name(monkeypatch):
     assert ops.fallbacks() == ["trial", "pack_bits"], "what was asked for is not a fallback"
 
 
+def test_what_no_kernel_takes_is_the_references_and_shows():
+    double = torch.eye(3, dtype=torch.float64)
+    ops.gptq(double, double, 6)
+    assert ops.used()["gptq"] == "reference"
+    ops.gptq(double.float(), double.float(), 6)
+    assert ops.used()["gptq"] == "native"
+    with (
+        ops.backend("native"),
+        pytest.raises(ops.BackendUnavailable, match="gptq: backend 'native' has no kernel for fl"),
+    ):
+        ops.gptq(double, double, 6)
+    backends.register("trial", native=("cpu", "cuda"))
+    with pytest.warns(UserWarning, match=r"trial runs as plain PyTorch on CUDA \(no kernel for float64\)"):
+        assert backends.choose("trial", "cuda", "float64") == "reference"
+    assert ops.fallbacks() == ["trial"]
+
+
 def test_the_first_kernel_that_works_is_preferred(monkeypatch):
     backends.register("trial", triton=("cuda",), native=("cpu", "cuda"))
     working = {"native": True, "triton": True}
