@@ -63,7 +63,7 @@ import brotli
 import torch
 from torch import Tensor
 
-from pgolf import coder, ops, streams
+from pgolf import ops, streams
 from pgolf.errors import ArtifactError
 from pgolf.files import replacing
 from pgolf.manifest import (
@@ -173,7 +173,9 @@ def write_artifact(
 
     def encode(stream: Stream) -> bytes:
         members = [tensors[i] for i in stream.members]
-        arrays = streams.gather(stream, [_part(each, stream.part) for each in members], [_order(each) for each in members])
+        arrays = streams.gather(
+            stream, [_part(each, stream.part) for each in members], [_order(each) for each in members]
+        )
         return streams.encode(stream, arrays, members[0].states, mode, threads)
 
     largest_first = sorted(range(len(found)), key=lambda index: -found[index].decoded_bytes)

@@ -5,9 +5,12 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgolf.errors import UserError
+
+if TYPE_CHECKING:
+    from pgolf.artifact import Artifact
 
 
 def add_artifact_parser(commands: Any) -> None:
@@ -32,39 +35,41 @@ def _path(given: str) -> Path:
     return path
 
 
+def _row(artifact: "Artifact", label: str, size: int) -> dict[str, Any]:
+    owner, part = label.split(":")
+    if part == "values":
+        tensor = artifact.tensors[owner]
+        shape, bits, count, states = "x".join(map(str, tensor.shape)), tensor.bits, tensor.values.numel(), tensor.states
+    else:
+        own = [each for each in artifact.tensors.values() if each.role == owner]
+        held = {
+            "scales": [each.scale for each in own if each.scale is not None],
+            "orders": [each.order for each in own if each.order is not None],
+            "floats": [each.values for each in own if each.scale is None],
+        }[part]
+        shape, count, states = f"{len(held)} arrays", sum(each.numel() for each in held), 0
+        bits = 2 if part == "orders" else max(8 * each.element_size() for each in held)
+    return {
+        "stream": label,
+        "shape": shape,
+        "values": count,
+        "bits": bits,
+        "trellis_states": states,
+        "bytes": size,
+        "bits_per_value": 8 * size / count if count else None,
+        "share": size / artifact.bytes.total,
+    }
+
+
 def _show(arguments: argparse.Namespace) -> int:
     from pgolf.artifact import VERSION, read_artifact
 
     path = _path(arguments.file)
     artifact = read_artifact(path)
-    total, rows = artifact.bytes.total, []
-    for label, size in artifact.bytes.streams.items():
-        owner, part = label.split(":")
-        members = [each for each in artifact.tensors.values() if owner in (each.name, each.role)]
-        if part == "values":
-            (tensor,) = (each for each in members if each.name == owner)
-            shape, bits, count = "x".join(map(str, tensor.shape)), tensor.bits, math.prod(tensor.shape)
-            trellis = tensor.states
-        else:
-            chosen = {"scales": "scale", "orders": "order"}.get(part, "values")
-            held = [getattr(each, chosen) for each in members if each.role == owner]
-            held = [each for each in held if each is not None and (part != "floats" or each.is_floating_point())]
-            shape, count, trellis = f"{len(held)} arrays", sum(each.numel() for each in held), 0
-            bits = 2 if part == "orders" else max(8 * each.element_size() for each in held)
-        rows.append(
-            {
-                "stream": label,
-                "shape": shape,
-                "values": count,
-                "bits": bits,
-                "trellis_states": trellis,
-                "bytes": size,
-                "bits_per_value": 8 * size / count if count else None,
-                "share": size / total,
-            }
-        )
+    total = artifact.bytes.total
+    rows = [_row(artifact, label, size) for label, size in artifact.bytes.streams.items()]
     weights = sum(math.prod(each.shape) for each in artifact.tensors.values())
-    result = {
+    result: dict[str, Any] = {
         "artifact": str(path),
         "version": VERSION,
         "metadata": artifact.metadata,

@@ -88,7 +88,7 @@ def long_blob(kind, rows, columns, fill, payload_bytes):
     return bytes([1, kind, 0, 1]) + shape + b"\x80\x7f" + number(share) * strips + fill * (share * strips)
 
 
-W, S, O = values((4, 8)), floats((4,)), ints((1, 8))  # the streams of tensor() and trellis()
+W, S, ORDER = values((4, 8)), floats((4,)), ints((1, 8))  # the streams of tensor() and trellis()
 PLENTY = 60 * 2**20  # values that fit the limit, working copy included
 MANY = 200_000
 GOOD = manifest(tensor())
@@ -186,7 +186,7 @@ def hostile_files():
         "states missing": one("members", {key: value for key, value in tensor().items() if key != "states"}),
         "states of floats": one("members", tensor(shape=(4,), bits=16, states=0), S),
         "order missing": one("ends before stream mlp:orders", trellis(), W, S),
-        "order of no trellis": one("follow", tensor(), W, S, O),
+        "order of no trellis": one("follow", tensor(), W, S, ORDER),
         "fewer classes": one("stream mlp:orders does not hold", trellis(), W, S, ints((1, 7))),
         "classes beyond two bits": one("order lies in 0..4", trellis(), W, S, ints([[4] + [0] * 7])),
         "negative classes": one("order lies in -1..0", trellis(), W, S, ints([[-1] + [0] * 7])),

@@ -53,7 +53,7 @@ def model():
 
 
 def read_by_description(data):
-    """Another program's reader, written from the docstring of pgolf.artifact and, but for the coder, nothing of pgolf."""
+    """Another program's reader: the coder, and for all else the docstring of pgolf.artifact alone."""
     assert data[:8] == bytes.fromhex("8950474f4c460d0a")
     version, stored_size, size, crc = struct.unpack_from("<IIII", data, 8)
     text = data[24 : 24 + stored_size]
