@@ -295,7 +295,7 @@ def test_the_limit_holds_for_writer_and_reader(tmp_path):
 
 
 WRITER = """
-import os, sys, torch
+import os, sys, time, torch
 from pgolf.artifact import StoredTensor, write_artifact
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -304,6 +304,12 @@ models = [
                   torch.full((60,), float(which)).half(), 6)]
     for which in range(2)
 ]
+seconds = []
+for _ in range(4):
+    begin = time.perf_counter()
+    write_artifact(sys.argv[1], models[0], {"which": 0}, threads=1)
+    seconds.append(time.perf_counter() - begin)
+print(min(seconds), flush=True)
 for count, line in enumerate(sys.stdin):  # one line, one writer that never stops by itself
     child = os.fork()
     if not child:
@@ -323,13 +329,18 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
     seen = set()
     root = Path(pgolf.__file__).parents[1]
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, str(tmp_path / "first")],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as starter:
+        seconds = max(0.02, float(starter.stdout.readline()))  # of a write; more where others work
         for _ in range(30):
             starter.stdin.write(f"{path}\n")
             starter.stdin.flush()
             writer = int(starter.stdout.readline())
-            time.sleep(0.02 + chance.random() * 0.06)
+            time.sleep(seconds * (1 + 3 * chance.random()))
             os.kill(writer, signal.SIGKILL)
             assert starter.stdout.readline() == "gone\n"
             if path.exists():
