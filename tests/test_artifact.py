@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import brotli
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,15 @@ import pgolf
 from pgolf import coder, ops, streams
 from pgolf.artifact import ROLES, StoredTensor, dtype_of, read_artifact, write_artifact
 from pgolf.errors import ArtifactError
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
+KINDS = ("gptq", "scale")
+BANKS = {
+    "qo_bank": ("attn.c_q", "attn.proj"),
+    "kv_bank": ("attn.c_k", "attn.c_v"),
+    "up_bank": ("mlp.fc",),
+    "down_bank": ("mlp.proj",),
+}
 
 
 def stored(name, shape, bits, seed=0, role="mlp", spread=0.25, states=0):
@@ -216,6 +226,29 @@ def test_equal_input_makes_equal_bytes(tmp_path, mode):
     strided[1].values = strided[1].values.mT.contiguous().mT
     write_artifact(other, strided, {"b": (0.1, None), "a": 1}, threads=5, mode=mode)
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs shared/data/weights beside the repository")
+def test_bytes_of_real_weights(tmp_path):
+    """Trained int6 matrices in the model's four banks, below their order-0 entropy with all that is around them."""
+    tensors, entropy = [], 0.0
+    for name, roles in BANKS.items():
+        parts = [[np.load(WEIGHTS / f"{kind}_blocks.{i}.{r}.npy") for r in roles for i in range(6)] for kind in KINDS]
+        values, scale = (torch.from_numpy(np.stack(part)) for part in parts)
+        tensors.append(
+            StoredTensor(name, "mlp", tuple(values.shape), values, scale.half().reshape(values.shape[:2]), 6)
+        )
+        for matrix in values:
+            share = matrix.unique(return_counts=True)[1].double() / matrix.numel()
+            entropy -= float((share * share.log2()).sum()) * matrix.numel() / 8
+    count = write_artifact(tmp_path / "model.pgolf", tensors, {})
+    coded = sum(count.streams[f"{name}:values"] for name in BANKS)
+    assert coded <= 0.9970 * entropy
+    scales = sum(tensor.scale.nbytes for tensor in tensors)
+    assert count.streams["mlp:scales"] < 0.6 * scales
+    assert count.container < 250
+    static = write_artifact(tmp_path / "static.pgolf", tensors, {}, mode="static")
+    assert sum(static.streams[f"{name}:values"] for name in BANKS) <= 1.001 * entropy
 
 
 def spoilt(**changes):
