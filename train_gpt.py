@@ -26,11 +26,12 @@ from pgolf.errors import PgolfError
 from pgolf.evaluate import Score, evaluate
 from pgolf.machine import compute_dtype, keep_freed_memory
 from pgolf.model import Model, ModelConfig
-from pgolf.quantize import collect_hessians, model_from_artifact, quantize, quantize_to_size
+from pgolf.packed_code import code_bytes, raw_code_bytes
+from pgolf.quantize import collect_hessians, model_from_artifact, quantize_within_budget
 from pgolf.rate_budget import PROBE_ROWS, measure_rises
 from pgolf.run import Run, settings_of_run
 from pgolf.settings import Settings
-from pgolf.size import code_bytes
+from pgolf.size import project, projection_error, will_be_fitted
 from pgolf.train import Trainer
 
 
@@ -72,6 +73,8 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         )
 
     # Train, then calibrate with what is left of the wall-clock budget
+    code = code_bytes()
+    trainer.at_warmdown = partial(project, run, model.named_parameters, settings, code)
     with run.timed("warmup"):
         trainer.warm_up()
     if settings.resume:
@@ -81,9 +84,10 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.seconds["train"] = trainer.used_seconds - before
     with run.timed("calibration"):
         seconds_left, rises = trainer.countdown(), {}
-        probing = settings.gptq_reserve_seconds / 2 if settings.artifact_bytes else 0.0
+        fitting = ranks.any(will_be_fitted(run.summary, settings, code))
+        probing = settings.gptq_reserve_seconds / 2 if fitting else 0.0
         hessians = collect_hessians(model, trainer.calibration_batches(), ranks, lambda: seconds_left() - probing)
-        if settings.artifact_bytes:
+        if fitting:
             rises = measure_rises(model, hessians, islice(trainer.calibration_batches(), PROBE_ROWS), settings, ranks)
     used = trainer.used_seconds + run.seconds["calibration"]
     run.note(
@@ -104,16 +108,10 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
             "train_seq_len": settings.train_seq_len,
             "tokenizer_sha256": data.tokenizer.sha256,
         }
-        if settings.artifact_bytes:
-            with run.timed("quantize"):
-                write = partial(write_artifact, artifact_path, metadata=metadata)
-                fitted = quantize_to_size(model, hessians, settings, rises, write)
-            run.log(f"artifact:{fitted.total} of {settings.artifact_bytes} bytes after {fitted.codings} codings")
-        else:
-            with run.timed("quantize"):
-                tensors = quantize(model, hessians, settings)
-            with run.timed("pack"):
-                write_artifact(artifact_path, tensors, metadata)
+        write = partial(write_artifact, artifact_path, metadata=metadata, mode=settings.artifact_coder)
+        with run.timed("quantize"):
+            fitted = quantize_within_budget(model, hessians, settings, rises, write, code)
+        run.log(fitted or projection_error(run.summary, artifact_path.stat().st_size))
     ranks.wait()
 
     # Score the weights as trained, then the file alone
@@ -126,7 +124,6 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log(f"final_artifact_roundtrip_exact val_loss:{final.loss:.8f} val_bpb:{final.bpb:.8f}")
 
     # Where every byte of the budget went, and what other compressors make of the same text
-    code = code_bytes()
     total = artifact.bytes.total + code
     by_role = {**artifact.bytes.roles, "container": artifact.bytes.container, "code": code}
     run.note(
@@ -138,6 +135,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         val_bytes=final.bytes,
         artifact_bytes=artifact.bytes.total,
         code_bytes=code,
+        code_bytes_raw=raw_code_bytes(),
         total_bytes=total,
         fits_budget=total <= settings.budget_bytes,
         within_eval=run.seconds["evaluate"] <= settings.max_eval_seconds,

@@ -158,15 +158,6 @@ void trellis_dequantize(uintptr_t indices, uintptr_t scale, uintptr_t classes, u
                             static_cast<int>(states), check_threads(threads));
 }
 
-template <auto* function>
-void trellis_reorder(uintptr_t from, uintptr_t classes, uintptr_t to, int64_t matrices, int64_t rows, int64_t columns,
-                     int64_t states) {
-  const pgolf::TrellisBank bank = check_bank(classes, matrices, rows, columns, states);
-  require_address(from, "from", matrices * rows * columns);
-  require_address(to, "to", matrices * rows * columns);
-  function(bank, pointer<const int8_t>(from), pointer<int8_t>(to), static_cast<int>(states));
-}
-
 #if PGOLF_CUDA
 void throw_if_any(const std::string& problem) {
   if (!problem.empty()) throw std::runtime_error("CUDA: " + problem);
@@ -277,7 +268,7 @@ py::tuple read_blob(uintptr_t data, int64_t size) {
   py::list tensors;
   for (const pgolf::CodedTensor& each : blob.tensors)
     tensors.append(py::make_tuple(py::tuple(py::cast(each.shape)), each.bytes));
-  return py::make_tuple(blob.kind == pgolf::Kind::floats, blob.is_list, tensors);
+  return py::make_tuple(static_cast<int>(blob.kind), blob.trellis_states, blob.is_list, tensors);
 }
 
 void decode_blob(uintptr_t data, int64_t size, uintptr_t values, int64_t bytes, int64_t threads) {
@@ -335,11 +326,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("trellis_dequantize", &trellis_dequantize, "indices"_a, "scale"_a, "classes"_a, "out"_a,
              "matrices"_a, "rows"_a, "columns"_a, "states"_a, "threads"_a = 1, Unlocked(),
              "The float32 weights [matrices][rows][columns] that indices of trellis_search mean; see csrc/trellis.h.");
-  module.def("trellis_split", &trellis_reorder<&pgolf::trellis_split>, "indices"_a, "classes"_a, "stream"_a,
-             "matrices"_a, "rows"_a, "columns"_a, "states"_a, Unlocked(),
-             "Indices int8 [matrices][rows][columns] parted by quantiser; see csrc/trellis.h.");
-  module.def("trellis_merge", &trellis_reorder<&pgolf::trellis_merge>, "stream"_a, "classes"_a, "indices"_a,
-             "matrices"_a, "rows"_a, "columns"_a, "states"_a, Unlocked(), "The inverse of trellis_split.");
 #if PGOLF_CUDA
   module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
              "pack_bits on device addresses of the current CUDA device, queued on `stream`.");
@@ -354,7 +340,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("encode_floats", &encode_floats, "values"_a, "tensors"_a, "is_list"_a,
              "A blob of float16 and float32 tensors, one after another at `values`; tensors: (shape, bytes a value).");
   module.def("read_blob", &read_blob, "data"_a, "size"_a,
-             "(whether it holds floats, whether it is a list, [(shape, bytes a value)]) of a blob, or ValueError.");
+             "(0 mix, 1 static, 2 floats; states; whether it is a list; [(shape, bytes a value)]) of a blob, or ValueError.");
   module.def("decode_blob", &decode_blob, "data"_a, "size"_a, "values"_a, "bytes"_a, "threads"_a, Unlocked(),
              "Decodes a blob to `bytes` bytes at `values`, or ValueError.");
   module.def("build_info", &build_info, "How the extension was built and what it found on this machine.");

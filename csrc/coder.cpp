@@ -9,6 +9,7 @@
 #include "float_coder.h"
 #include "int_coder.h"
 #include "int_layout.h"
+#include "range_coder.h"
 
 namespace pgolf {
 namespace {
@@ -16,10 +17,13 @@ namespace {
 constexpr uint8_t version = 1, list_flag = 0x80;
 constexpr size_t most_int_dims = 3, most_float_dims = 8;
 
-// A payload is filled up with zeros to this length, so that nobody can ask for hours of decoding with a few bytes.
+// What can be said of a payload's length beforehand, so that nobody can ask for hours of decoding with a few bytes. The
+// coders of bits (range_coder.h) fill up with zeros themselves, static's words are filled up here.
 size_t shortest_payload(Kind kind, int64_t bytes) {
-  const int64_t per_byte = kind == Kind::floats ? 64 : 256;
-  return static_cast<size_t>(std::max<int64_t>(bytes - 65536, 0) / per_byte);
+  constexpr int64_t free_values = 65536, most_values_a_byte = 64;
+  if (kind == Kind::mix) return fewest_bytes(bytes, free_bits);
+  if (kind == Kind::floats) return fewest_bytes(8 * bytes, free_float_bits);
+  return static_cast<size_t>(std::max<int64_t>(bytes - free_values, 0) / most_values_a_byte);
 }
 
 std::vector<IntTensor> int_tensors(const Blob& blob) {
@@ -169,9 +173,12 @@ std::vector<uint8_t> encode_ints(const Blob& what, const int8_t* values, int thr
   const auto strips = strips_of(int_tensors(what), const_cast<int8_t*>(values));  // encoders write what was there
   std::vector<std::vector<uint8_t>> payloads(strips.size());
   in_threads(strips.size(), threads, [&](size_t i) {
-    payloads[i] = what.kind == Kind::mix ? encode_mix(strips[i], what.trellis_states)
-                                         : encode_static(strips[i], what.trellis_states);
-    payloads[i].resize(std::max(payloads[i].size(), shortest_payload(what.kind, values_of(strips[i]))));
+    if (what.kind == Kind::mix) {
+      payloads[i] = encode_mix(strips[i], what.trellis_states);
+    } else {
+      payloads[i] = encode_static(strips[i], what.trellis_states);
+      payloads[i].resize(std::max(payloads[i].size(), shortest_payload(what.kind, values_of(strips[i]))));
+    }
     return true;
   });
   return assemble(what, payloads);
@@ -179,9 +186,7 @@ std::vector<uint8_t> encode_ints(const Blob& what, const int8_t* values, int thr
 
 std::vector<uint8_t> encode_floats(const Blob& what, const uint8_t* values) {
   if (what.bytes() == 0) return assemble(what, {});
-  auto payload = encode_float_runs(float_runs(what, const_cast<uint8_t*>(values)));
-  payload.resize(std::max(payload.size(), shortest_payload(what.kind, what.bytes())));
-  return assemble(what, {payload});
+  return assemble(what, {encode_float_runs(float_runs(what, const_cast<uint8_t*>(values)))});
 }
 
 const char* read_blob(const uint8_t* data, size_t size, Blob& blob) {

@@ -96,7 +96,7 @@ class FloatModel {
 
 std::vector<uint8_t> encode_float_runs(const std::vector<FloatRun>& runs) {
   std::vector<uint8_t> payload;
-  RangeEncoder coder(payload);
+  RangeEncoder coder(payload, free_float_bits);
   const auto model = std::make_unique<FloatModel<RangeEncoder>>(coder);
   for (const FloatRun& run : runs) model->run(run);
   coder.finish();
@@ -104,7 +104,7 @@ std::vector<uint8_t> encode_float_runs(const std::vector<FloatRun>& runs) {
 }
 
 bool decode_float_runs(const uint8_t* payload, size_t size, const std::vector<FloatRun>& runs) {
-  RangeDecoder coder(payload, size);
+  RangeDecoder coder(payload, size, free_float_bits);
   const auto model = std::make_unique<FloatModel<RangeDecoder>>(coder);
   for (const FloatRun& run : runs)
     if (!model->run(run)) return false;

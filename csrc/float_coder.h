@@ -15,6 +15,8 @@ struct FloatRun {
   int64_t cols;     // the size of the last dimension
 };
 
+constexpr int64_t free_float_bits = int64_t{1} << 20;  // see range_coder.h
+
 std::vector<uint8_t> encode_float_runs(const std::vector<FloatRun>& runs);
 // As the decoders of int_coder.h.
 bool decode_float_runs(const uint8_t* payload, size_t size, const std::vector<FloatRun>& runs);

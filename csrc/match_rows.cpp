@@ -93,7 +93,7 @@ class Rows {
 }  // namespace
 
 std::vector<Match> match_rows(const int8_t* values, int64_t rows, int64_t cols) {
-  if (rows < 16 || rows > most_rows || cols < fewest_columns || cols > most_columns) return {};
+  if (rows < 4 || rows > most_rows || cols < fewest_columns || cols > most_columns) return {};
   if (rows * rows / 2 * cols / 4 > most_work) return {};
   const Rows all(values, rows, cols);
   int64_t sum = 0;

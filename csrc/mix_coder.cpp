@@ -11,7 +11,7 @@ std::vector<uint8_t> encode_mix(const std::vector<Plane>& strip, int trellis_sta
   RangeEncoder coder(payload);
   const auto model = std::make_unique<MixModel<RangeEncoder>>(coder, trellis_states);
   for (const Plane& plane : strip) {
-    const bool whole_rows = trellis_states == 0 && plane.count % plane.cols == 0;  // indices say little about others
+    const bool whole_rows = plane.count % plane.cols == 0;
     model->matrix(plane, whole_rows ? match_rows(plane.values, plane.count / plane.cols, plane.cols)
                                     : std::vector<Match>{});
   }

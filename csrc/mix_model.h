@@ -91,7 +91,9 @@ class MixModel {
     int left = 0, left2 = 0, corner = 0;
     machine_.restart();
     for (int64_t c = 0; c < count; ++c) {
-      if (c % 8 == 0) {  // logarithms to the base of 2, in 1/1024, of scales in half steps
+      if (c % 8 == 0) {
+        if (coder_.overdrawn()) return;
+        // logarithms to the base of 2, in 1/1024, of scales in half steps
         const int64_t average = mean();
         prior = average * column_prior / 64;
         log_mean = log(average) - 12 * 1024;

@@ -233,20 +233,4 @@ void trellis_dequantize(const TrellisBank& bank, const int8_t* indices, const fl
   });
 }
 
-void trellis_split(const TrellisBank& bank, const int8_t* indices, int8_t* stream, int states) {
-  const int64_t rows = bank.matrices * bank.rows;
-  int8_t *front = stream, *back = stream + rows * bank.columns;
-  walk(bank, machine(states), 0, rows, [&](int64_t, int64_t at, int quantiser) {
-    return *(quantiser ? --back : front++) = indices[at];
-  });
-}
-
-void trellis_merge(const TrellisBank& bank, const int8_t* stream, int8_t* indices, int states) {
-  const int64_t rows = bank.matrices * bank.rows;
-  const int8_t *front = stream, *back = stream + rows * bank.columns;
-  walk(bank, machine(states), 0, rows, [&](int64_t, int64_t at, int quantiser) {
-    return indices[at] = *(quantiser ? --back : front++);
-  });
-}
-
 }  // namespace pgolf

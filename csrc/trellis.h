@@ -44,11 +44,4 @@ struct TrellisBank {
 void trellis_dequantize(const TrellisBank& bank, const int8_t* indices, const float* scale, float* out, int states,
                         int threads);
 
-// The indices [matrices][rows][columns] parted by quantiser, in the order of the machine: those under quantiser 0 from
-// the front of `stream`, those under quantiser 1 from its end backwards. Each of the two moves 2 bytes an index.
-void trellis_split(const TrellisBank& bank, const int8_t* indices, int8_t* stream, int states);
-
-// The inverse. Any `stream` is that of some indices.
-void trellis_merge(const TrellisBank& bank, const int8_t* stream, int8_t* indices, int states);
-
 }  // namespace pgolf

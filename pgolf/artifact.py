@@ -1,18 +1,18 @@
-"""The artifact: one file `*.pgolf` that holds a model's tensors in as few bytes as the codecs allow. No pickle.
+"""The artifact: one file `*.pgolf` that holds a model's tensors in as few bytes as the coder allows. No pickle.
 
-Layout of the file, version 2. Integers are little-endian and unsigned; CRC is the CRC-32 of zlib.
+Layout of the file, version 3. Integers are little-endian and unsigned; CRC is the CRC-32 of zlib.
 
     offset  bytes  what
     0       8      magic: 89 50 47 4f 4c 46 0d 0a
-    8       4      version: 2
+    8       4      version: 3
     12      4      m, bytes of the manifest as stored
     16      4      bytes of the manifest after decompression, at most 256 KiB
     20      4      CRC of bytes 0..19 followed by the stored manifest
     24      m      manifest: JSON in UTF-8, compressed with brotli
     24+m           streams, one after another, to the end of the file; each is
-            4          n, bytes of the stream as stored
-            4          CRC of those four bytes followed by the stored stream, continued from the CRC before it
-            n          the stored stream
+            4          n, bytes of the stream
+            4          CRC of those four bytes followed by the stream, continued from the CRC before it
+            n          the stream: a blob of `pgolf.coder`, whose format is told there
 
 Because every CRC continues the one before it, no bit can be flipped and no stream moved, dropped or added unseen.
 
@@ -23,28 +23,29 @@ these members:
     role    embedding | attention | mlp | control
     shape   list of at most 8 sizes
     bits    2..8: quantised to integers of so many bits, two's complement; 16, 32: IEEE floats of that width
-    values  [codec, layout] of the stream of the tensor's values in row-major order
-    scale   [codec, layout] of the stream of float16 scales of shape[:-1]; quantised tensors have it, floats do not
     states  quantised tensors only: 0, or 4 or 8 for a trellis of so many states
-    order   [codec, layout] of the stream of 2-bit numbers, one a column of each matrix; a trellis has it, nothing else
 
-A quantised weight is worth value * scale of its row; in a trellis, which has 2 or 3 dimensions and at most 65536
-columns, (2 * value - q * sign(value)) * scale. q is 0 or 1. To find it, take the columns of a matrix by ascending
-order, equals as they come. Each row starts in state 0; a value leads from its state to one of two others, the second
-where it is odd; and q follows from the state:
+A quantised tensor has values of its shape and float16 scales of shape[:-1]; a trellis has 2 or 3 dimensions, at most
+65536 columns, and an order of its shape without rows: a number 0..3 for each column of each matrix. A weight is worth
+value * scale of its row; in a trellis (2 * value - q * sign(value)) * scale. q is 0 or 1. To find it, take the columns
+of a matrix by ascending order, equals as they come. Each row starts in state 0; a value leads from its state to one of
+two others, the second where it is odd; and q follows from the state:
 
     4 states    next (0,2) (2,0) (1,3) (3,1)                             q 0 0 1 1
     8 states    next (0,2) (5,7) (1,3) (6,4) (2,0) (4,6) (3,1) (7,5)     q 0 1 0 1 0 1 0 1
 
-The stream of a trellis's values holds them as taken, matrix by matrix and row by row, those with q = 0 from its first
-value on, those with q = 1 from its last value backwards.
+Streams, in this order; those that would hold no tensor are left out:
 
-Streams come in the order of the tensors: values, scale, order.
-The shape says how many values a stream holds, and bits and layout how many bytes that is, so there are no lengths to
-disagree. layout is plain, packed (2..7 bits) or planes (16 and 32 bits), explained in `pgolf/streams.py`; codec is
-stored, brotli or zstd (one frame that states its content size). A stream without values is stored and empty. Members,
-roles, codecs and layouts that are not named here, numbers that are not finite and anything after the last stream make a
-file invalid.
+    of every quantised tensor   its values, one array of its shape, where all dimensions but the last two are one if
+                                there are more than three; a trellis's columns lie as they are taken
+    of every role as above      scales   a list of the scales of its tensors
+                                orders   a list of matrices, one for each number of columns among its trellises, by the
+                                         first of them: the orders of those, one below the other
+                                floats   a list of its float tensors
+
+Each blob must hold arrays of these shapes, integers for values and orders, floats of 2 or 4 bytes for the rest. How
+they are coded is the blob's own affair. Members, roles and numbers that are not named here, numbers that are not finite
+and anything after the last stream make a file invalid. Versions 1 and 2 are not read.
 """
 
 import json
@@ -53,11 +54,12 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import brotli
 import torch
 from torch import Tensor
 
@@ -70,21 +72,28 @@ from pgolf.manifest import (
     QUANTISED_BITS,
     ROLES,
     Entry,
+    Stream,
     check_description,
     check_metadata,
     check_together,
     order_shape,
-    parts_of,
     read_manifest,
+    streams_of,
 )
 
 MAGIC = b"\x89PGOLF\r\n"
-VERSION = 2
+VERSION = 3
 DEFAULT_LIMIT_BYTES = 160 * 1024**2
 
 _HEADER = struct.Struct("<8sIII")
 _CRC = struct.Struct("<I")
 _LENGTH = struct.Struct("<I")
+_FIRST = _HEADER.size + _CRC.size  # where the manifest begins
+
+
+def dtype_of(bits: int) -> torch.dtype:
+    """Of a tensor's values."""
+    return {16: torch.float16, 32: torch.float32}.get(bits, torch.int8)
 
 
 @dataclass(eq=False)
@@ -120,9 +129,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ByteCount:
-    """Where the bytes of a file went. `container` is everything but the stored streams."""
+    """Where the bytes of a file went. `container` is everything but the streams."""
 
-    streams: dict[str, int]  # "<tensor>:values", "<tensor>:scale", "<tensor>:order"
+    streams: dict[str, int]  # "<tensor>:values", "<role>:scales", "<role>:orders", "<role>:floats"
     roles: dict[str, int]  # every one of ROLES
     container: int
 
@@ -144,50 +153,46 @@ def write_artifact(
     metadata: dict[str, Any],
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     threads: int | None = None,
+    mode: str = "mix",
 ) -> ByteCount:
     """Write `tensors` and `metadata` (a JSON object) to `path`, whole or not at all; equal input makes equal bytes.
 
-    `threads` streams are compressed at a time, by default as many as there are cores. A ValueError says what cannot be
-    stored: NaN, infinity, a value beyond its bits, a wrong dtype or shape, a name used twice, more than `limit_bytes`
-    to decode.
+    `mode` is the coder's: "mix" (small) or "static" (fast). `threads` work at a time, by default as many as there are
+    cores. A ValueError says what cannot be stored: NaN, infinity, a value beyond its bits, a wrong dtype or shape, a
+    name used twice, more than `limit_bytes` to decode.
     """
     tensors = list(tensors)
     check_metadata(metadata)
     for tensor in tensors:
         _check_tensor(tensor)
-    check_together([(tensor.name, tensor.shape, tensor.bits, tensor.states) for tensor in tensors], limit_bytes)
+    entries = [Entry(each.name, each.role, tuple(each.shape), each.bits, each.states) for each in tensors]
+    check_together(entries, limit_bytes)
+    text = _manifest_text(entries, metadata)
+    found = streams_of(entries)
+    threads = threads or _cores()
 
-    parts = [part for tensor in tensors for part in _parts(tensor)]
-    largest_first = sorted(range(len(parts)), key=lambda index: -parts[index][0].numel())
-    with ThreadPoolExecutor(threads or _cores()) as pool:
-        work = {index: pool.submit(streams.encode, *parts[index]) for index in largest_first}
-        encoded = [work[index].result() for index in range(len(parts))]
-    members = []
-    remaining = iter(encoded)
-    for tensor in tensors:
-        member: dict[str, Any] = {"name": tensor.name, "role": tensor.role, "shape": tensor.shape, "bits": tensor.bits}
-        if tensor.scale is not None:
-            member["states"] = tensor.states
-        for part in parts_of(tensor.bits, tensor.states):
-            stream = next(remaining)
-            member[part] = [stream.codec, stream.layout]
-        members.append(member)
-    manifest = {"metadata": metadata, "tensors": members}
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    if len(text) > MANIFEST_LIMIT_BYTES:
-        raise ValueError(f"metadata and tensor names take {len(text)} bytes; at most {MANIFEST_LIMIT_BYTES} fit")
+    def encode(stream: Stream) -> bytes:
+        members = [tensors[i] for i in stream.members]
+        arrays = streams.gather(
+            stream, [_part(each, stream.part) for each in members], [_order(each) for each in members]
+        )
+        return streams.encode(stream, arrays, members[0].states, mode, threads)
 
-    stored_text = streams.CODECS["brotli"].encode(text)
+    largest_first = sorted(range(len(found)), key=lambda index: -found[index].decoded_bytes)
+    with ThreadPoolExecutor(threads) as pool:
+        work = {index: pool.submit(encode, found[index]) for index in largest_first}
+        blobs = [work[index].result() for index in range(len(found))]
+
+    stored_text = _compress(text)
     header = _HEADER.pack(MAGIC, VERSION, len(stored_text), len(text))
     crc = zlib.crc32(stored_text, zlib.crc32(header))
     with replacing(path) as file:
         file.write(header + _CRC.pack(crc) + stored_text)
-        for stream in encoded:
-            length = _LENGTH.pack(len(stream.data))
-            crc = zlib.crc32(stream.data, zlib.crc32(length, crc))
-            file.write(length + _CRC.pack(crc) + stream.data)
-    entries = read_manifest(text, limit_bytes)[1]
-    return _count_bytes(entries, [len(stream.data) for stream in encoded], len(stored_text))
+        for blob in blobs:
+            length = _LENGTH.pack(len(blob))
+            crc = zlib.crc32(blob, zlib.crc32(length, crc))
+            file.write(length + _CRC.pack(crc) + blob)
+    return _count_bytes(found, [len(blob) for blob in blobs], len(stored_text))
 
 
 def read_artifact(path: str | os.PathLike[str], limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Artifact:
@@ -218,33 +223,50 @@ def _decode(data: bytes, limit_bytes: int) -> Artifact:
     view = memoryview(data)
     text, crc, offset = _open_manifest(view)
     metadata, entries = read_manifest(text, limit_bytes)
-    stored = iter(_split_streams(view[offset:], crc, [stream.label for entry in entries for stream in entry.streams]))
-    tensors, lengths = {}, []
-    for entry in entries:
-        decoded = []
-        for stream in entry.streams:
-            piece = next(stored)
-            lengths.append(len(piece))
-            try:
-                decoded.append(streams.decode(piece, stream.codec, stream.layout, stream.bits, stream.count))
-            except ValueError as error:
-                raise ValueError(f"stream {stream.label} {error}") from None
-        scale = decoded[1].reshape(entry.shape[:-1]) if len(decoded) > 1 else None
-        if entry.states:
-            order = (decoded[2] + 2).reshape(order_shape(entry.shape))
-            values = ops.trellis_merge(decoded[0], order, entry.states, entry.shape)
-        else:
-            order, values = None, decoded[0].reshape(entry.shape)
-        tensors[entry.name] = StoredTensor(
-            entry.name, entry.role, entry.shape, values, scale, entry.bits, order, entry.states
-        )
-        _check_tensor(tensors[entry.name])
-    return Artifact(metadata, tensors, _count_bytes(entries, lengths, offset - _HEADER.size - _CRC.size))
+    found = streams_of(entries)
+    blobs = _split_streams(view[offset:], crc, [stream.label for stream in found])
+    parts: dict[tuple[int, str], Tensor] = {}
+    for stream, arrays in zip(found, _decode_streams(found, blobs), strict=True):
+        members = [entries[i] for i in stream.members]
+        for i, part in zip(stream.members, streams.scatter(stream, arrays, members), strict=True):
+            parts[i, stream.part] = part
+    tensors = {}
+    for i, entry in enumerate(entries):
+        tensors[entry.name] = _tensor_of(entry, *(parts.pop((i, part), None) for part in _PARTS))
+    return Artifact(metadata, tensors, _count_bytes(found, [len(blob) for blob in blobs], offset - _FIRST))
+
+
+_PARTS = ("values", "floats", "scales", "orders")
+
+
+def _tensor_of(
+    entry: Entry, values: Tensor | None, floats: Tensor | None, scale: Tensor | None, order: Tensor | None
+) -> StoredTensor:
+    values = floats if values is None else values
+    assert values is not None
+    tensor = StoredTensor(entry.name, entry.role, entry.shape, values, scale, entry.bits, order, entry.states)
+    _check_tensor(tensor)
+    if order is not None:
+        tensor.values = streams.out_of_order(values, order)
+    return tensor
+
+
+def _decode_streams(found: list[Stream], blobs: list[memoryview]) -> list[list[Tensor]]:
+    threads = _cores()
+
+    def decode(stream: Stream, blob: memoryview) -> list[Tensor]:
+        try:
+            return streams.decode(stream, blob, threads)
+        except ValueError as error:
+            raise ValueError(f"stream {stream.label} {str(error).removeprefix('coded blob: ')}") from None
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(decode, found, blobs))
 
 
 def _open_manifest(view: memoryview) -> tuple[bytes, int, int]:
     """The manifest's text, its checksum, and the offset of the first stream."""
-    start = _HEADER.size + _CRC.size
+    start = _FIRST
     if view[: len(MAGIC)] != MAGIC:
         raise ValueError("is not a pgolf artifact; the first eight bytes are others")
     if len(view) < start:
@@ -260,10 +282,7 @@ def _open_manifest(view: memoryview) -> tuple[bytes, int, int]:
     (crc,) = _CRC.unpack_from(view, _HEADER.size)
     if zlib.crc32(stored, zlib.crc32(view[: _HEADER.size])) != crc:
         raise ValueError("damaged: the checksum of the manifest does not match")
-    try:
-        return streams.CODECS["brotli"].decode(stored, length), crc, start + stored_length
-    except ValueError as error:
-        raise ValueError(f"manifest {error}") from None
+    return _decompress(stored, length), crc, start + stored_length
 
 
 def _split_streams(view: memoryview, crc: int, labels: list[str]) -> list[memoryview]:
@@ -293,25 +312,49 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _parts(tensor: StoredTensor) -> Iterator[tuple[Tensor, int]]:
-    """The arrays of a tensor in the order of its streams, flat and on the CPU, with their bits."""
-    if tensor.order is not None:
-        order = tensor.order.detach().cpu()
-        yield ops.trellis_split(tensor.values.detach().cpu(), order, tensor.states), tensor.bits
-    else:
-        yield tensor.values.detach().cpu().reshape(-1), tensor.bits
-    if tensor.scale is not None:
-        yield tensor.scale.detach().cpu().reshape(-1), 16
-    if tensor.order is not None:
-        yield order.reshape(-1) - 2, ORDER_BITS
+def _part(tensor: StoredTensor, part: str) -> Tensor:
+    """A tensor's contribution to a stream, on the CPU."""
+    found = {"scales": tensor.scale, "orders": tensor.order}.get(part, tensor.values)
+    assert found is not None
+    return found.detach().cpu()
 
 
-def _count_bytes(entries: list[Entry], lengths: list[int], manifest_bytes: int) -> ByteCount:
-    found = [stream for entry in entries for stream in entry.streams]
+def _order(tensor: StoredTensor) -> Tensor | None:
+    return None if tensor.order is None else tensor.order.detach().cpu()
+
+
+def _manifest_text(entries: list[Entry], metadata: dict[str, Any]) -> bytes:
+    members = []
+    for entry in entries:
+        member = {"name": entry.name, "role": entry.role, "shape": entry.shape, "bits": entry.bits}
+        members.append({**member, "states": entry.states} if entry.bits in QUANTISED_BITS else member)
+    manifest = {"metadata": metadata, "tensors": members}
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    if len(text) > MANIFEST_LIMIT_BYTES:
+        raise ValueError(f"metadata and tensor names take {len(text)} bytes; at most {MANIFEST_LIMIT_BYTES} fit")
+    return text
+
+
+def _compress(text: bytes) -> bytes:
+    return brotli.compress(text, quality=11, lgwin=18)  # a window of MANIFEST_LIMIT_BYTES
+
+
+def _decompress(data: memoryview, length: int) -> bytes:
+    decoder = brotli.Decompressor()
+    try:
+        text: bytes = decoder.process(data, output_buffer_limit=length + 1)  # a byte of room, to see the end
+    except brotli.error:
+        raise ValueError("manifest is not a brotli stream") from None
+    if len(text) != length or not decoder.is_finished():
+        raise ValueError(f"manifest does not decode to {length} bytes")
+    return text
+
+
+def _count_bytes(found: list[Stream], lengths: list[int], manifest_bytes: int) -> ByteCount:
     roles = dict.fromkeys(ROLES, 0)
     for stream, length in zip(found, lengths, strict=True):
         roles[stream.role] += length
-    container = _HEADER.size + _CRC.size + manifest_bytes + len(found) * (_LENGTH.size + _CRC.size)
+    container = _FIRST + manifest_bytes + len(found) * (_LENGTH.size + _CRC.size)
     return ByteCount({stream.label: length for stream, length in zip(found, lengths, strict=True)}, roles, container)
 
 
@@ -319,7 +362,7 @@ def _check_tensor(tensor: StoredTensor) -> None:
     check_description(tensor.name, tensor.role, tensor.shape, tensor.bits, tensor.states)
     values, scale, quantised = tensor.values, tensor.scale, tensor.bits in QUANTISED_BITS
     expected: list[tuple[Any, tuple[int, ...], torch.dtype, str]]
-    expected = [(values, tensor.shape, streams.dtype_of(tensor.bits), "values")]
+    expected = [(values, tensor.shape, dtype_of(tensor.bits), "values")]
     if quantised:
         expected.append((scale, tensor.shape[:-1], torch.float16, "scale"))
     elif scale is not None:

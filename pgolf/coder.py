@@ -30,8 +30,10 @@ ones for missing dimensions, and are cut into planes: every matrix one; or, if i
 bank; a matrix of more than 65536 columns (not with a trellis) is read as one long row cut to rows of 65536, the last
 one shorter; planes of more than 2^22 values are cut after as many whole rows as fit. Tensors whose least and greatest
 value are equal have no planes. A strip ends with the plane that brings it to 2^22 values. Strips are independent of
-each other. Floats are one strip, if there are any. A payload has at least (b - 65536) / 256 bytes, floats / 64, for a
-strip whose values take b bytes; zeros fill it up.
+each other. Floats are one strip, if there are any.
+
+So that decoding takes time in proportion to the bytes, zeros fill a payload up: a static one of n values to
+(n - 65536) / 64 bytes, a stream of n binary decisions to (n - 2^14) / 32, floats' to (n - 2^20) / 32.
 
 Binary arithmetic coding (mix, floats, static's tables): `csrc/range_coder.h`. A 32-bit range starts at 2^32 - 1; a 1 of
 probability p / 65536 takes the lower (range >> 16) · p of it; below 2^24 it is shifted up by 8 bits. Up to four zeros
@@ -42,8 +44,10 @@ with a trellis a table for each quantiser), then eight states of 4 bytes that ta
 plane, and 2-byte words that refill a state when it falls below 2^16; all states end at 2^16.
 """
 
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,6 +65,16 @@ MOST_TRELLIS_COLUMNS = 1 << 16
 
 Array = npt.NDArray[Any]
 ArrayLike = Array | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a blob holds."""
+
+    mode: str  # mix | static | floats
+    trellis_states: int
+    is_list: bool
+    tensors: list[tuple[tuple[int, ...], int]]  # shape, bytes of a value
 
 
 def encode(
@@ -113,30 +127,40 @@ def decode_floats(blob: bytes | bytearray | memoryview, limit_bytes: int = LIMIT
     return _decode(blob, True, 1, limit_bytes)
 
 
-def _decode(
-    blob: bytes | bytearray | memoryview, floats: bool, threads: int | None, limit_bytes: int
-) -> Array | list[Array]:
+def describe(blob: bytes | bytearray | memoryview) -> Description:
+    """What a blob says that it holds, without decoding it; an `ArtifactError` where it is malformed."""
     native = backends.native()
     data = np.frombuffer(blob, np.uint8)
     if not data.size:
         raise ArtifactError("coded blob: is empty")
     try:
-        holds_floats, is_list, tensors = native.read_blob(data.ctypes.data, data.size)
-        if holds_floats != floats:
-            raise ValueError(f"holds {'floats' if holds_floats else 'integers'}")
-        sizes = [itemsize * int(np.prod(shape, dtype=np.int64)) for shape, itemsize in tensors]
-        if sum(sizes) > limit_bytes:
-            raise ValueError(f"holds {sum(sizes)} bytes of values; the limit is {limit_bytes}")
-        values = np.empty(sum(sizes), np.uint8)
+        kind, states, is_list, tensors = native.read_blob(data.ctypes.data, data.size)
+    except ValueError as error:
+        raise ArtifactError(f"coded blob: {error}") from None
+    return Description((*MODES, "floats")[kind], states, is_list, [(tuple(shape), size) for shape, size in tensors])
+
+
+def _decode(
+    blob: bytes | bytearray | memoryview, floats: bool, threads: int | None, limit_bytes: int
+) -> Array | list[Array]:
+    held = describe(blob)
+    if (held.mode == "floats") != floats:
+        raise ArtifactError(f"coded blob: holds {'integers' if floats else 'floats'}")
+    sizes = [itemsize * math.prod(shape) for shape, itemsize in held.tensors]
+    if sum(sizes) > limit_bytes:
+        raise ArtifactError(f"coded blob: holds {sum(sizes)} bytes of values; the limit is {limit_bytes}")
+    values, data = np.empty(sum(sizes), np.uint8), np.frombuffer(blob, np.uint8)
+    try:
+        native = backends.native()
         native.decode_blob(data.ctypes.data, data.size, values.ctypes.data, values.size, threads or _cores())
     except ValueError as error:
         raise ArtifactError(f"coded blob: {error}") from None
     arrays: list[Array] = []
     ends = np.cumsum(sizes, dtype=np.int64)
-    for (shape, itemsize), size, end in zip(tensors, sizes, ends, strict=True):
+    for (shape, itemsize), size, end in zip(held.tensors, sizes, ends, strict=True):
         dtype = np.dtype({1: "i1", 2: "<f2", 4: "<f4"}[itemsize])
         arrays.append(values[end - size : end].view(dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape))
-    return arrays if is_list else arrays[0]
+    return arrays if held.is_list else arrays[0]
 
 
 def _arrays(

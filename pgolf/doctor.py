@@ -25,7 +25,7 @@ SMALLEST_DISK = GIB  # a run's checkpoint, data and logs
 WHEELS = "https://download.pytorch.org/whl"
 WHAT_STOPS = {
     "sentencepiece": "text cannot be tokenised and no score in bits per byte can be counted",
-    "zstandard": "artifacts can be neither written nor read",
+    "zstandard": "`pgolf artifact compare` cannot be used",
     "brotli": "artifacts can be neither written nor read",
     "xz": "a run stops where it compares itself with xz",
     "matplotlib": "a run ends without its report",

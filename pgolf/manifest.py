@@ -7,11 +7,9 @@ is wrong is a ValueError of one line. The writer passes through the same checks.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as shortened
 from typing import Any
-
-from pgolf import streams
 
 ROLES = ("embedding", "attention", "mlp", "control")
 QUANTISED_BITS = range(2, 9)
@@ -29,18 +27,6 @@ _MOST_TRELLIS_COLUMNS = 65536
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One stream as the manifest describes it."""
-
-    label: str
-    role: str
-    bits: int
-    count: int
-    codec: str
-    layout: str
-
-
-@dataclass(frozen=True)
 class Entry:
     """One tensor as the manifest describes it."""
 
@@ -49,7 +35,26 @@ class Entry:
     shape: tuple[int, ...]
     bits: int
     states: int
-    streams: list[Stream]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Arrays of one or more tensors that are coded together."""
+
+    label: str  # "<tensor>:values", "<role>:scales", "<role>:orders" or "<role>:floats"
+    role: str
+    part: str  # values | scales | orders | floats
+    members: tuple[int, ...]  # which tensors
+    shapes: tuple[tuple[int, ...], ...]  # of the arrays
+    itemsizes: tuple[int, ...]  # bytes of a value, one for each array
+
+    @property
+    def counts(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def decoded_bytes(self) -> int:
+        return sum(count * size for count, size in zip(self.counts, self.itemsizes, strict=True))
 
 
 def order_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -57,14 +62,46 @@ def order_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1])
 
 
-def parts_of(bits: int, states: int) -> dict[str, int]:
-    """The streams of a tensor in their order, with the bits of each."""
-    parts = {"values": bits}
-    if bits in QUANTISED_BITS:
-        parts["scale"] = 16
-    if states:
-        parts["order"] = ORDER_BITS
-    return parts
+def bank_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """At most three dimensions: all but the last two become one."""
+    return shape if len(shape) <= 3 else (math.prod(shape[:-2]), *shape[-2:])
+
+
+def streams_of(entries: list[Entry]) -> list[Stream]:
+    """The streams of a file in their order."""
+    quantised = [i for i, entry in enumerate(entries) if entry.bits in QUANTISED_BITS]
+    found = [
+        Stream(f"{entries[i].name}:values", entries[i].role, "values", (i,), (bank_shape(entries[i].shape),), (1,))
+        for i in quantised
+    ]
+    for role in ROLES:
+        own = [i for i, entry in enumerate(entries) if entry.role == role]
+        scaled = [i for i in own if entries[i].bits in QUANTISED_BITS]
+        ordered = [i for i in own if entries[i].states]
+        floats = [i for i in own if entries[i].bits in FLOAT_BITS]
+        shapes: dict[str, list[tuple[int, ...]]] = {
+            "scales": [entries[i].shape[:-1] for i in scaled],
+            "orders": _stacked([order_shape(entries[i].shape) for i in ordered]),
+            "floats": [entries[i].shape for i in floats],
+        }
+        sizes = {
+            "scales": [2] * len(scaled),
+            "orders": [1] * len(shapes["orders"]),
+            "floats": [entries[i].bits // 8 for i in floats],
+        }
+        for part, members in (("scales", scaled), ("orders", ordered), ("floats", floats)):
+            if members:
+                arrays = (tuple(shapes[part]), tuple(sizes[part]))
+                found.append(Stream(f"{role}:{part}", role, part, tuple(members), *arrays))
+    return found
+
+
+def _stacked(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those of equal width as one matrix, in the order of their first."""
+    rows: dict[int, int] = {}
+    for shape in shapes:
+        rows[shape[-1]] = rows.get(shape[-1], 0) + math.prod(shape[:-1])
+    return [(count, width) for width, count in rows.items()]
 
 
 def read_manifest(text: bytes, limit_bytes: int) -> tuple[dict[str, Any], list[Entry]]:
@@ -87,7 +124,7 @@ def read_manifest(text: bytes, limit_bytes: int) -> tuple[dict[str, Any], list[E
     if len(members) > _MOST_TENSORS:
         raise ValueError(f"{len(members)} tensors; at most {_MOST_TENSORS} are accepted")
     entries = [_read_entry(member, index) for index, member in enumerate(members)]
-    check_together([(entry.name, entry.shape, entry.bits, entry.states) for entry in entries], limit_bytes)
+    check_together(entries, limit_bytes)
     return metadata, entries
 
 
@@ -96,32 +133,13 @@ def _read_entry(member: Any, index: int) -> Entry:
     if not isinstance(member, dict) or type(member.get("bits")) is not int:
         raise ValueError(f"{place} must be an object with bits")
     quantised = member["bits"] in QUANTISED_BITS
-    states = member.get("states") if quantised else 0
-    if type(states) is not int or states not in (0, *TRELLIS_STATES):
-        raise ValueError(f"{place}: states must be 0, 4 or 8, not {shortened(states)}")
-    expected = {"name", "role", "shape", "bits", *parts_of(member["bits"], states)}
-    _check_members(member, expected | ({"states"} if quantised else set()), place)
+    _check_members(member, {"name", "role", "shape", "bits"} | ({"states"} if quantised else set()), place)
     name, role, shape, bits = member["name"], member["role"], member["shape"], member["bits"]
+    states = member["states"] if quantised else 0
     if not isinstance(shape, list):
         raise ValueError(f"{place}: shape must be a list, not {shortened(shape)}")
-    shape = tuple(shape)
-    check_description(name, role, shape, bits, states)
-    counts = {"values": math.prod(shape), "scale": math.prod(shape[:-1])}
-    if states:
-        counts["order"] = math.prod(order_shape(shape))
-    found = []
-    for part, part_bits in parts_of(bits, states).items():
-        encoding = member[part]
-        layouts = streams.layouts_of(part_bits)
-        if not isinstance(encoding, list) or len(encoding) != 2 or not all(isinstance(each, str) for each in encoding):
-            raise ValueError(f"{place}: {part} must be [codec, layout], not {shortened(encoding)}")
-        codec, layout = encoding
-        if codec not in streams.CODECS:
-            raise ValueError(f"{place}: codec {shortened(codec)} is unknown; known are {', '.join(streams.CODECS)}")
-        if layout not in layouts:
-            raise ValueError(f"{place}: layout {shortened(layout)} does not exist for {part_bits} bits")
-        found.append(Stream(f"{name}:{part}", role, part_bits, counts[part], codec, layout))
-    return Entry(name, role, shape, bits, states, found)
+    check_description(name, role, tuple(shape), bits, states)
+    return Entry(name, role, tuple(shape), bits, states)
 
 
 def check_description(name: Any, role: Any, shape: tuple[Any, ...], bits: Any, states: Any = 0) -> None:
@@ -149,21 +167,21 @@ def check_description(name: Any, role: Any, shape: tuple[Any, ...], bits: Any, s
         )
 
 
-def check_together(described: list[tuple[str, tuple[int, ...], int, int]], limit_bytes: int) -> None:
-    """Names are unique, and all tensors decoded plus one working copy of the largest fit in `limit_bytes`."""
-    needed, largest = 0, 0
+def check_together(entries: list[Entry], limit_bytes: int) -> None:
+    """Names are unique, and all tensors decoded plus one working copy of the largest stream fit in `limit_bytes`.
+
+    Dimensions of size 0 count as 1, so that no shape is absurd.
+    """
     names = set()
-    for name, shape, bits, states in described:
-        if name in names:
-            raise ValueError(f"tensor name {name} is used twice")
-        names.add(name)
-        size = math.prod(shape) * (max(bits, 8) // 8)
-        scale_size = 2 * math.prod(shape[:-1]) if bits in QUANTISED_BITS else 0
-        order_size = math.prod(order_shape(shape)) if states else 0
-        needed += size + scale_size + order_size
-        largest = max(largest, size, scale_size, order_size)
-    if needed + largest > limit_bytes:
-        raise ValueError(f"tensors need {needed + largest} bytes of memory to decode; the limit is {limit_bytes}")
+    for entry in entries:
+        if entry.name in names:
+            raise ValueError(f"tensor name {entry.name} is used twice")
+        names.add(entry.name)
+    solid = [replace(entry, shape=tuple(max(size, 1) for size in entry.shape)) for entry in entries]
+    sizes = [stream.decoded_bytes for stream in streams_of(solid)]
+    needed = sum(sizes) + max(sizes, default=0)
+    if needed > limit_bytes:
+        raise ValueError(f"tensors need {needed} bytes of memory to decode; the limit is {limit_bytes}")
 
 
 def _check_members(value: Any, members: set[str], place: str) -> None:

@@ -105,25 +105,58 @@ def quantize_to_size(
     settings: Settings,
     rises: dict[str, float],
     write: Callable[[list[StoredTensor]], ByteCount],
-) -> Fit:
-    """Quantise and `write` until the file has ARTIFACT_BYTES, or up to 0.1% fewer; the file is then written.
+    target: int,
+    first: ByteCount | None = None,
+) -> tuple[Fit, str]:
+    """Quantise and `write` until the file has `target` bytes, or up to 0.1% fewer; and what that cost, in words.
 
-    `rises` are those of `rate_budget.measure_rises`.
+    `rises` are those of `rate_budget.measure_rises`; without any, all steps change by one factor. `first` are the bytes
+    of the file at the settings' steps, if it has been written. Where no file was small enough the smallest is kept.
     """
     counts = {name: p.numel() for name, p in model.named_parameters() if name in hessians}
     last: dict[str, float] = {}
+
+    def coded(count: ByteCount) -> Coded:
+        return Coded(count.total, {name: count.streams[f"{name}:values"] for name in counts})
 
     def code(clips: dict[str, float]) -> Coded:
         count = write(quantize(model, hessians, settings, clips))
         last.clear()
         last.update(clips)
-        return Coded(count.total, {name: count.streams[f"{name}:values"] for name in clips})
+        return coded(count)
 
     clips = {name: rate_budget.clip_of(name, settings) for name in counts}
-    found = rate_budget.fit(code, clips, counts, rises, settings.artifact_bytes)
+    equal = {name: float(count) for name, count in counts.items()}
+    found = rate_budget.fit(code, clips, counts, rises or equal, target, coded(first) if first else None)
     if last != found.clips:
         write(quantize(model, hessians, settings, found.clips))
-    return found
+    return found, rate_budget.cost(found, clips, counts, rises)
+
+
+def quantize_within_budget(
+    model: Model,
+    hessians: dict[str, Tensor],
+    settings: Settings,
+    rises: dict[str, float],
+    write: Callable[[list[StoredTensor]], ByteCount],
+    code_bytes: int,
+) -> str | None:
+    """Quantise and `write` at the settings' steps, at ARTIFACT_BYTES, or, when over budget, at steps that fit.
+
+    A line says what that took; None where the settings' steps were good enough.
+    """
+    target, first, because = settings.artifact_bytes, None, ""
+    if not target:
+        first = write(quantize(model, hessians, settings))
+        target = settings.budget_bytes - code_bytes
+        if first.total <= target:
+            return None
+        because = f"{first.total - target} bytes over budget at the settings' steps; "
+        if target <= 0:
+            return f"artifact: {because}the code alone takes {code_bytes} of {settings.budget_bytes}"
+    found, cost = quantize_to_size(model, hessians, settings, rises, write, target, first)
+    short = "" if found.fits else ", THE LEAST THAT CAN BE HAD"
+    return f"artifact:{found.total} of {target} bytes{short}: {because}{cost}"
 
 
 def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Model:

@@ -14,7 +14,8 @@ within 10%. (tr((W - Q) H (W - Q)ᵀ) weighted by the effect of plain rounding g
 also the model's input, which H knows nothing of.)
 
 The closed loop: code everything at the settings' steps, solve, code again, see by how much the bytes are off, and solve
-again with the target moved by that, in at most `MOST_CODINGS` codings. The largest file that is not over wins.
+again with the target moved by that, in at most `MOST_CODINGS` codings. The largest file that is not over wins; where
+all are over, the smallest.
 """
 
 import math
@@ -25,12 +26,11 @@ import torch
 from torch import Tensor
 
 from pgolf.distributed import Ranks
-from pgolf.errors import UserError
 from pgolf.model import Model, role_of
 from pgolf.quantizers import QUANTIZERS, Quantized
 from pgolf.settings import Settings
 
-MOST_CODINGS = 4
+MOST_CODINGS = 6  # a trained model needs two to four
 TOLERANCE = 1e-3  # below the target, of it
 AIM = 4e-4  # the loop aims so much below the target
 CLIPS = (4.0, 400.0)
@@ -51,6 +51,7 @@ class Fit:
     clips: dict[str, float]
     total: int
     codings: int
+    fits: bool  # whether `total` is at most the target
 
 
 def clip_of(name: str, settings: Settings) -> float:
@@ -139,13 +140,14 @@ def fit(
     counts: dict[str, int],
     rises: dict[str, float],
     target: int,
+    first: Coded | None = None,
 ) -> Fit:
     """Code up to `MOST_CODINGS` times; the steps of the largest file of at most `target` bytes.
 
     `code` quantises and codes all tensors at the given clip_sigmas; `clips` are those to begin with, at which
-    `rises` are given, `counts` the tensors' numbers of weights. UserError where no file was small enough.
+    `rises` are given and `first` was coded, if it was; `counts` are the tensors' numbers of weights.
     """
-    first = code(clips)
+    first = first or code(clips)
     found = [(clips, first)]
     best: tuple[dict[str, float], Coded] | None = None
     fixed = first.total - sum(first.sizes.values())
@@ -164,11 +166,17 @@ def fit(
         if coded.total <= target and (best is None or (coded.total > best[1].total and coded is not first)):
             best = (each_clips, coded)
     if best is None:
-        raise UserError(
-            f"ARTIFACT_BYTES={target}: the smallest of {len(found)} codings has "
-            f"{min(coded.total for _, coded in found)} bytes"
-        )
-    return Fit(best[0], best[1].total, len(found))
+        best = min(found, key=lambda each: each[1].total)
+    return Fit(best[0], best[1].total, len(found), best[1].total <= target)
+
+
+def cost(found: Fit, clips: dict[str, float], counts: dict[str, int], rises: dict[str, float]) -> str:
+    """What it cost to go from `clips` to those found: steps, and loss by the model where rises were measured."""
+    weights = sum(counts.values())
+    ratio = 2 ** (sum(counts[name] * math.log2(found.clips[name] / k) for name, k in clips.items()) / weights)
+    loss = sum(rises[name] * ((found.clips[name] / k) ** 2 - 1) for name, k in clips.items()) if rises else None
+    told = "loss not measured" if loss is None else f"loss {loss:+.5f} nats a token by the model"
+    return f"steps x{ratio:.4f}, {told}, {found.codings} codings"
 
 
 def _correction(found: list[tuple[dict[str, float], Coded]], wanted_total: float) -> float:

@@ -100,7 +100,8 @@ class Settings(BaseModel):
     gptq_calibration_batches: int = Field(16, gt=0)  # of train_batch_tokens
     gptq_reserve_seconds: float = Field(8.0, ge=0)  # kept back from training for calibration
     budget_bytes: int = Field(16_000_000, gt=0)  # code + artifact
-    artifact_bytes: int = Field(0, ge=0)  # steps are chosen to fill these; 0: the steps of *_clip_sigmas
+    artifact_bytes: int = Field(0, ge=0)  # steps are chosen to fill these; 0: *_clip_sigmas, larger if over budget
+    artifact_coder: Literal["mix", "static"] = "mix"  # small, or fast
 
     # logging and machine
     val_loss_every: int = Field(1000, ge=0)  # 0: only at the end

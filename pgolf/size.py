@@ -1,40 +1,37 @@
-"""What a model costs in bytes: counted code, parameters by role, and the artifact's size before anything is trained."""
+"""What a model costs in bytes before it is finished: parameters by role, and the artifact's size.
+
+Without weights, rows are taken for Gaussian, which matrices nearly are. With partly trained weights, a sample of the
+rows of every tensor is rounded to nearest and coded; the size hardly changes while a model trains, because a row's step
+follows its deviation.
+"""
 
 import math
-import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import pgolf
+import torch
+from torch import Tensor
+
+from pgolf import coder
+from pgolf.errors import UserError
+from pgolf.manifest import ROLES
 from pgolf.model import ModelConfig, role_of
-from pgolf.rate_budget import bits_of_role, clip_of_role
+from pgolf.packed_code import code_bytes, raw_code_bytes
+from pgolf.quantizers import QUANTIZERS
+from pgolf.rate_budget import bits_of, bits_of_role, clip_of, clip_of_role
+from pgolf.run import CHECKPOINT, Run
 from pgolf.settings import Settings
 
-# Brotli's and zstandard's excess over the order-0 entropy of int6 weights, as measured on trained ones (1.014).
-CODER_EXCESS = 1.015
-MANIFEST_BYTES = 600
+Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
 
-
-def code_files() -> list[Path]:
-    """The files whose bytes count as code: the script that was started and all of this package's sources.
-
-    The accepted entries count the script alone, minified and compressed. Here nothing is left out and nothing squeezed.
-    """
-    package = Path(pgolf.__file__).parent
-    files = [path for path in package.rglob("*") if path.suffix in (".py", ".html")]
-    checkout = package.parent
-    for folder in ("csrc", "triton_kernels"):
-        files += [path for path in (checkout / folder).glob("*") if path.suffix in (".py", ".h", ".cpp", ".cu")]
-    script = checkout / "train_gpt.py"
-    if not script.exists():
-        script = Path(sys.argv[0])
-    if script.suffix == ".py" and script.exists():
-        files.append(script)
-    return sorted(set(files))
-
-
-def code_bytes() -> int:
-    return sum(path.stat().st_size for path in code_files())
+SAMPLE_VALUES = 1 << 17  # of a tensor
+NEAR_BUDGET = 0.99  # of it: from here on a run makes ready to choose its steps
+CONTAINER_BYTES = 450
+# Bytes over those of rounding to nearest at the same clip_sigmas, on trained matrices; a trellis's indices are spent
+# where they cost least. Of an embedding, of finer steps, no quantiser changes the bytes by more than 1.2%.
+QUANTIZER_BYTES = {"rtn": 1.0, "gptq": 1.002, "gptq_cd": 1.0025, "trellis": 0.986}
 
 
 def entropy_bits(bits: int, clip_sigmas: float) -> float:
@@ -54,32 +51,118 @@ def entropy_bits(bits: int, clip_sigmas: float) -> float:
     return total
 
 
-def projected_size(settings: Settings) -> dict[str, Any]:
-    """Parameters and projected bytes by role, without training; weights are taken for Gaussian rows, and nearly are."""
-    config = ModelConfig.of(settings)
-    bits_of = {
-        role: entropy_bits(bits_of_role(role, settings), clip_of_role(role, settings))
-        for role in ("embedding", "attention", "mlp")
-    }
-    parameters: dict[str, int] = {}
-    size: dict[str, float] = {}
-    for name, shape in config.shapes().items():
+def projected_bytes(parameters: Iterable[tuple[str, Tensor]], settings: Settings) -> dict[str, int]:
+    """Bytes by role of the file that float parameters, by name, will make at the settings' steps; without corrections.
+
+    Takes rows of at most `SAMPLE_VALUES` weights a tensor to the CPU and codes them: a tenth of a second.
+    """
+    size: dict[str, float] = dict.fromkeys(ROLES, 0.0)
+    small = []
+    for name, parameter in parameters:
+        role = role_of(name)
+        if role == "control":
+            small.append(parameter.detach().cpu().half())
+        elif parameter.numel():
+            size[role] += _tensor_bytes(name, parameter.detach(), settings)
+    size["control"] += len(coder.encode_floats(small))
+    return {**{role: round(value) for role, value in size.items()}, "container": CONTAINER_BYTES}
+
+
+def _tensor_bytes(name: str, parameter: Tensor, settings: Settings) -> float:
+    """Values, scales and order of a parameter (..., rows, columns), from a sample of its rows."""
+    rows = parameter.reshape(-1, parameter.shape[-1])
+    every = -(-rows.numel() // SAMPLE_VALUES)
+    sample = rows[every // 2 :: every].float().cpu()
+    bits, clip_sigmas = bits_of(name, settings), clip_of(name, settings)
+    found = QUANTIZERS["rtn"](sample, torch.empty(0), bits, clip_sigmas, settings.gptq_damping)
+    values = len(coder.encode(found.values, settings.artifact_coder))
+    scales = len(coder.encode_floats([found.scale]))
+    factor = 1.0 if role_of(name) == "embedding" else QUANTIZER_BYTES[settings.quantizer]
+    matrices = parameter.numel() // math.prod(parameter.shape[-2:])
+    order = matrices * parameter.shape[-1] / 4 if settings.quantizer == "trellis" else 0.0
+    return (factor * values + scales) * len(rows) / len(sample) + order
+
+
+def gaussian_bytes(settings: Settings) -> dict[str, int]:
+    """The same without weights: Gaussian rows, scales and small parameters at 16 bits."""
+    size: dict[str, float] = dict.fromkeys(ROLES, 0.0)
+    for name, shape in ModelConfig.of(settings).shapes().items():
         role, count = role_of(name), math.prod(shape)
-        parameters[role] = parameters.get(role, 0) + count
-        # small parameters are float16; a quantised row has a float16 scale
-        bits = 16.0 * count if role == "control" else CODER_EXCESS * bits_of[role] * count + 16.0 * count / shape[-1]
-        size[role] = size.get(role, 0.0) + bits / 8
-    by_role = {role: round(value) for role, value in size.items()}
-    artifact = sum(by_role.values()) + MANIFEST_BYTES
-    code = code_bytes()
+        if role == "control":
+            size[role] += 2.0 * count
+            continue
+        bits = entropy_bits(bits_of_role(role, settings), clip_of_role(role, settings))
+        factor = 1.0 if role == "embedding" else QUANTIZER_BYTES[settings.quantizer]
+        size[role] += factor * bits * count / 8 + 2.0 * count / shape[-1]
+    return {**{role: round(value) for role, value in size.items()}, "container": CONTAINER_BYTES}
+
+
+def projected_size(
+    settings: Settings, parameters: Iterable[tuple[str, Tensor]] | None = None, code: int | None = None
+) -> dict[str, Any]:
+    """Parameters and projected bytes, from `parameters` where there are some; `code` bytes, packed, are those of now.
+
+    ARTIFACT_BYTES, where set, is what the run fills, whatever the settings' steps would make.
+    """
+    config = ModelConfig.of(settings)
+    counts: dict[str, int] = {}
+    for name, shape in config.shapes().items():
+        counts[role_of(name)] = counts.get(role_of(name), 0) + math.prod(shape)
+    by_role = gaussian_bytes(settings) if parameters is None else projected_bytes(parameters, settings)
+    code = code_bytes() if code is None else code
+    at_clip_sigmas = sum(by_role.values())
+    artifact = settings.artifact_bytes or at_clip_sigmas
     return {
         "preset": settings.preset,
+        "from_weights": parameters is not None,
         "parameters": config.parameters(),
-        "parameters_by_role": parameters,
-        "projected_bytes_by_role": {**by_role, "container": MANIFEST_BYTES},
+        "parameters_by_role": counts,
+        "projected_bytes_by_role": by_role,
+        "projected_bytes_at_clip_sigmas": at_clip_sigmas,
         "projected_artifact_bytes": artifact,
         "code_bytes": code,
+        "code_bytes_raw": raw_code_bytes(),
         "projected_total_bytes": artifact + code,
         "budget_bytes": settings.budget_bytes,
         "fits_budget": artifact + code <= settings.budget_bytes,
     }
+
+
+def project(run: Run, parameters: Parameters, settings: Settings, code: int) -> None:
+    """Tell a run what its artifact is going to take, from the weights that it has now; on the first rank."""
+    if not run.ranks.first:
+        return
+    begin = time.perf_counter()
+    size = projected_size(settings, parameters(), code)
+    run.note(projected_artifact_bytes=size["projected_artifact_bytes"])
+    left = size["budget_bytes"] - size["projected_total_bytes"]
+    verdict = f"left: {left}" if left >= 0 else f"over by {-left}: larger steps will be chosen"
+    run.log(
+        f"projected artifact:{size['projected_artifact_bytes']} with code:{size['projected_total_bytes']} "
+        f"of {size['budget_bytes']} bytes, {verdict}; took {1000 * (time.perf_counter() - begin):.0f}ms"
+    )
+
+
+def will_be_fitted(summary: dict[str, Any], settings: Settings, code: int) -> bool:
+    """Whether steps are going to be chosen by bytes, by what was projected: what to measure while there is time."""
+    projected = summary["projected_artifact_bytes"] or 0
+    return settings.artifact_bytes > 0 or projected + code > NEAR_BUDGET * settings.budget_bytes
+
+
+def projection_error(summary: dict[str, Any], artifact_bytes: int) -> str:
+    projected = summary["projected_artifact_bytes"]
+    told = f"projected:{projected}, off by {projected / artifact_bytes - 1:+.2%}" if projected else "not projected"
+    return f"artifact:{artifact_bytes} bytes, {told}"
+
+
+def weights_of_run(folder: Path) -> list[tuple[str, Tensor]]:
+    """The parameters in a run's checkpoint by name: their moving average where there is one."""
+    path = folder / CHECKPOINT
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        names, weights = list(state["model"]), list(state["model"].values())
+        if state["ema"] and state["ema"]["updates"]:
+            weights = state["ema"]["average"]
+        return list(zip(names, weights, strict=True))
+    except Exception as error:  # whatever a missing or damaged file makes torch raise
+        raise UserError(f"{path}: no weights of a run ({str(error).splitlines()[0]})") from None

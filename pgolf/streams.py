@@ -1,160 +1,99 @@
-"""One array as one compressed byte string, and back.
+"""The streams of an artifact: arrays of one or more tensors as one blob of `pgolf.coder`, and back.
 
-A stream holds `count` values of `bits` bits: int8 for 2..8 bits, float16 for 16, float32 for 32. It is made in two
-steps:
-
-    layout   plain    one little-endian number after another; an int8 for every value of 8 bits or fewer
-             packed   2..7 bits: value i in bits [i*bits, (i+1)*bits) of the string, least significant bit first, zeros
-                      to the end of the last byte
-             planes   16 and 32 bits: the lowest byte of every value, then the next byte of every value, and so on
-    codec    stored | brotli | zstd
-
-`encode` keeps the smallest. Up to `SAMPLE_VALUES` values it tries every pair of layout and codec. Beyond, it tries them
-on a run of `SAMPLE_VALUES` from the middle and encodes in full those within `SAMPLE_MARGIN` of the best there. brotli
-and zstandard let go of Python's lock, so threads can encode several streams at once.
-
-Errors: what does not decode to exactly `count` values is a ValueError, found without allocating more than those values
-and one copy of them.
+Which arrays a stream holds is told in `pgolf/artifact.py`, and computed by `manifest.streams_of`. Decoding checks that
+a blob holds arrays of exactly the shapes and widths that the manifest demands before anything is allocated for them;
+what is wrong is a ValueError of one line.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
 
-import brotli
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
-from pgolf import ops
+from pgolf import coder
+from pgolf.manifest import Entry, Stream, order_shape
 
-SAMPLE_VALUES = 1 << 17
-SAMPLE_MARGIN = 1.002
-BROTLI_WINDOW_BITS = (10, 24)  # what the format allows
-ZSTD_SMALLEST_WINDOW = 1024  # bytes
+PERMUTED_VALUES = 1 << 20  # whose places are held at a time
 
 
-@dataclass(frozen=True)
-class Codec:
-    encode: Callable[[bytes], bytes]
-    decode: Callable[[memoryview, int], bytes]  # (stored bytes, raw length): ValueError unless it is exactly that long
+def encode(stream: Stream, arrays: list[Tensor], states: int, mode: str, threads: int) -> bytes:
+    """`arrays` on the CPU, as `gather` returns them."""
+    if stream.part in ("scales", "floats"):
+        return coder.encode_floats(arrays)
+    if stream.part == "orders":
+        return coder.encode(arrays, mode, threads=threads)
+    return coder.encode(arrays[0], mode, states, threads)
 
 
-def _stored_decode(data: memoryview, length: int) -> bytes:
-    if len(data) != length:
-        raise ValueError(f"holds {len(data)} bytes instead of {length}")
-    return bytes(data)
+def gather(stream: Stream, parts: list[Tensor], orders: list[Tensor | None]) -> list[Tensor]:
+    """What a stream holds, from the tensors' values, scales or orders."""
+    if stream.part == "values":
+        values = parts[0] if orders[0] is None else in_order(parts[0], orders[0])
+        return [values.reshape(stream.shapes[0])]
+    if stream.part == "orders":
+        flat = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in parts]
+        return [torch.cat([each for each in flat if each.shape[1] == width]) for _, width in stream.shapes]
+    return parts
 
 
-def _brotli_encode(raw: bytes) -> bytes:
-    smallest, largest = BROTLI_WINDOW_BITS
-    window_bits = min(max((len(raw) + 16).bit_length(), smallest), largest)  # the format keeps 16 bytes of the window
-    return brotli.compress(raw, quality=11, lgwin=window_bits)
+def decode(stream: Stream, blob: memoryview, threads: int) -> list[Tensor]:
+    """The arrays of a blob."""
+    floats = stream.part in ("scales", "floats")
+    held = coder.describe(blob)
+    expected = list(zip(stream.shapes, stream.itemsizes, strict=True))
+    if held.tensors != expected or held.is_list != (stream.part != "values") or (held.mode == "floats") != floats:
+        raise ValueError("does not hold what the manifest says")
+    decoded = coder.decode_floats(blob) if floats else coder.decode(blob, threads)
+    arrays = decoded if isinstance(decoded, list) else [decoded]
+    return [torch.from_numpy(np.require(each, requirements="A")) for each in arrays]
 
 
-def _brotli_decode(data: memoryview, length: int) -> bytes:
-    decoder = brotli.Decompressor()
-    try:
-        raw = decoder.process(data, output_buffer_limit=length + 1)  # one byte of room, so that the end can be seen
-    except brotli.error:
-        raise ValueError("is not a brotli stream") from None
-    if len(raw) != length or not decoder.is_finished():
-        raise ValueError(f"does not decode to {length} bytes")
-    return raw
+def scatter(stream: Stream, arrays: list[Tensor], entries: list[Entry]) -> list[Tensor]:
+    """The inverse of `gather` for all parts but a trellis's values, which wait for their order."""
+    if stream.part == "values":
+        return [arrays[0].reshape(entries[0].shape)]
+    if stream.part != "orders":
+        return arrays
+    stacks = {array.shape[-1]: array for array in arrays}
+    found = []
+    for entry in entries:
+        shape = order_shape(entry.shape)
+        rows = math.prod(shape[:-1])
+        found.append(stacks[shape[-1]][:rows].reshape(shape))
+        stacks[shape[-1]] = stacks[shape[-1]][rows:]
+    return found
 
 
-def _zstd_encode(raw: bytes) -> bytes:
-    return zstandard.ZstdCompressor(level=22, write_checksum=False).compress(raw)
+def in_order(values: Tensor, order: Tensor) -> Tensor:
+    """The columns of every matrix by ascending order, equals as they come."""
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    for source, target, places in _pieces(values, out, order):
+        torch.gather(source, -1, places, out=target)
+    return out
 
 
-def _zstd_decode(data: memoryview, length: int) -> bytes:
-    try:
-        frame = zstandard.get_frame_parameters(data)
-        if frame.content_size != length:
-            raise ValueError(f"does not decode to {length} bytes")
-        window = max(2 * length, ZSTD_SMALLEST_WINDOW)
-        if frame.window_size > window:
-            raise ValueError(f"asks for a window of {frame.window_size} bytes for {length} bytes of data")
-        decoder = zstandard.ZstdDecompressor(max_window_size=window)
-        raw = decoder.decompress(data, max_output_size=length, allow_extra_data=False)
-    except zstandard.ZstdError:
-        raise ValueError("is not one whole zstandard frame") from None
-    if len(raw) != length:
-        raise ValueError(f"does not decode to {length} bytes")
-    return raw
+def out_of_order(values: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `in_order`."""
+    out = torch.empty_like(values)
+    for source, target, places in _pieces(values, out, order):
+        target.scatter_(-1, places, source)
+    return out
 
 
-CODECS = {
-    "stored": Codec(encode=lambda raw: raw, decode=_stored_decode),
-    "brotli": Codec(encode=_brotli_encode, decode=_brotli_decode),
-    "zstd": Codec(encode=_zstd_encode, decode=_zstd_decode),
-}
-
-
-def dtype_of(bits: int) -> torch.dtype:
-    return {16: torch.float16, 32: torch.float32}.get(bits, torch.int8)
-
-
-def layouts_of(bits: int) -> tuple[str, ...]:
-    if bits == 8:
-        return ("plain",)
-    return ("plain", "packed") if bits < 8 else ("plain", "planes")
-
-
-def raw_length(count: int, bits: int, layout: str) -> int:
-    """Bytes of `count` values before compression."""
-    if layout == "packed":
-        return (count * bits + 7) // 8
-    return count * (max(bits, 8) // 8)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    codec: str
-    layout: str
-    data: bytes
-
-
-def encode(values: Tensor, bits: int) -> Encoded:
-    """The smallest encoding of `values` (1-D, `dtype_of(bits)`, on the CPU); the same one for the same values."""
-    pairs = [(codec, layout) for layout in layouts_of(bits) for codec in CODECS]
-    if not values.numel():
-        pairs = [("stored", "plain")]
-    elif values.numel() > SAMPLE_VALUES:
-        start = (values.numel() - SAMPLE_VALUES) // 2
-        sample = values[start : start + SAMPLE_VALUES]
-        tried = [len(_encode_as(sample, bits, codec, layout).data) for codec, layout in pairs]
-        pairs = [pair for pair, size in zip(pairs, tried, strict=True) if size <= min(tried) * SAMPLE_MARGIN]
-    return min((_encode_as(values, bits, codec, layout) for codec, layout in pairs), key=lambda each: len(each.data))
-
-
-def decode(data: memoryview, codec: str, layout: str, bits: int, count: int) -> Tensor:
-    """The `count` values of a stream, 1-D of `dtype_of(bits)`; ValueError if `data` does not hold exactly that many."""
-    length = raw_length(count, bits, layout)
-    if not length and codec != "stored":
-        raise ValueError(f"holds no values, yet is compressed with {codec}")
-    raw = CODECS[codec].decode(data, length)
-    if not count:
-        return torch.empty(0, dtype=dtype_of(bits))
-    if layout == "packed":
-        return ops.unpack_bits(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()), bits, count)
-    octets = np.frombuffer(raw, np.uint8)
-    if layout == "planes":
-        octets = octets.reshape(bits // 8, count).T
-    octets = octets.flatten()
-    return torch.from_numpy(octets.view(_numpy_dtype(bits)).astype(_numpy_dtype(bits).newbyteorder("="), copy=False))
-
-
-def _encode_as(values: Tensor, bits: int, codec: str, layout: str) -> Encoded:
-    if layout == "packed":
-        raw = ops.pack_bits(values, bits).numpy().tobytes()
-    else:
-        array = values.numpy().astype(_numpy_dtype(bits), copy=False)
-        if layout == "planes":
-            array = array.view(np.uint8).reshape(-1, bits // 8).T
-        raw = array.tobytes()
-    return Encoded(codec, layout, CODECS[codec].encode(raw))
-
-
-def _numpy_dtype(bits: int) -> np.dtype:
-    return np.dtype({16: "<f2", 32: "<f4"}.get(bits, "i1"))
+def _pieces(source: Tensor, target: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some matrices of both at a time, and where each of their columns lies."""
+    if not source.numel():
+        return
+    rows, columns = source.shape[-2:]
+    at_once = max(1, PERMUTED_VALUES // columns)
+    bank = (-1, rows, columns)
+    for a, b, classes in zip(
+        source.reshape(bank).split(at_once),
+        target.view(bank).split(at_once),
+        order.reshape(-1, columns).split(at_once),
+        strict=True,
+    ):
+        places = classes.argsort(dim=-1, stable=True)
+        yield a, b, places.unsqueeze(-2).expand(a.shape)

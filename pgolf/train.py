@@ -36,6 +36,7 @@ class Trainer:
         self.step = 0
         self.used_seconds = 0.0  # of the wall-clock budget
         self.step_seconds = 0.0  # of one step, cautiously
+        self.at_warmdown: Callable[[], None] | None = None  # called once, on all ranks, before the rate first falls
         if self.global_rows % ranks.world_size:
             raise UserError(
                 f"TRAIN_BATCH_TOKENS={settings.train_batch_tokens} is {self.global_rows} rows of "
@@ -100,9 +101,12 @@ class Trainer:
                 if not steps or self.step >= settings.iterations:
                     break
                 talk_at = min(self.step + int(steps), settings.iterations)
-            begin = time.perf_counter()
             # Between two talks all ranks go by the same guess of the time.
             scale = lr_scale(settings, self.step, elapsed + (self.step - talked) * mean, limit)
+            if scale < 1.0 and self.at_warmdown:
+                self.at_warmdown()
+                self.at_warmdown = None
+            begin = time.perf_counter()
             loss = self.take_step(scale)
             self.step += 1
             if self.ema:

@@ -1,12 +1,12 @@
 // The coder without Python, for test_coder.py: to build it with other flags, and to feed it damaged blobs.
 //
 //   coder_driver encode IN OUT KIND TRELLIS BYTES COUNT ROWS COLS   KIND: 0 mix, 1 static, 2 floats of BYTES bytes
-//   coder_driver fuzz MUTATIONS BLOB...   prints how many were refused and the most seconds that one took
+//   coder_driver fuzz SEED MUTATIONS BLOB...   prints how many were refused and the most CPU seconds that one took
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <fstream>
 #include <iterator>
 #include <random>
@@ -66,8 +66,8 @@ Bytes mutate(Bytes data, std::mt19937_64& random) {
   return data;
 }
 
-int fuzz(int mutations, char** paths, int count) {
-  std::mt19937_64 random(1);
+int fuzz(int seed, int mutations, char** paths, int count) {
+  std::mt19937_64 random(seed);
   int refused = 0;
   double longest = 0;
   for (int i = 0; i < count; ++i) {
@@ -77,14 +77,14 @@ int fuzz(int mutations, char** paths, int count) {
       // A copy of exactly this size on the heap, so that the sanitizer sees a byte too far.
       uint8_t* data = static_cast<uint8_t*>(std::malloc(damaged.size() + !damaged.size()));
       std::copy(damaged.begin(), damaged.end(), data);
-      const auto begin = std::chrono::steady_clock::now();
+      const std::clock_t begin = std::clock();
       pgolf::Blob blob;
       const char* problem = pgolf::read_blob(data, damaged.size(), blob);
       if (!problem && blob.bytes() <= 1 << 22) {
         Bytes values(static_cast<size_t>(blob.bytes()));
         problem = pgolf::decode_blob(blob, values.data(), 1 + j % 2);
       }
-      longest = std::max(longest, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+      longest = std::max(longest, static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC);
       refused += problem != nullptr;
       std::free(data);
     }
@@ -98,6 +98,7 @@ int fuzz(int mutations, char** paths, int count) {
 int main(int count, char** arguments) {
   const std::string command = count > 1 ? arguments[1] : "";
   if (command == "encode" && count == 10) return encode(arguments + 2);
-  if (command == "fuzz" && count > 3) return fuzz(std::atoi(arguments[2]), arguments + 3, count - 3);
+  if (command == "fuzz" && count > 4)
+    return fuzz(std::atoi(arguments[2]), std::atoi(arguments[3]), arguments + 4, count - 4);
   return 2;
 }

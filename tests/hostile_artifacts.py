@@ -1,17 +1,17 @@
 """Artifacts made wrong on purpose, with correct checksums: what the fuzzing test reads."""
 
-import functools
 import json
 import struct
 import zlib
 
 import brotli
-import zstandard
+import numpy as np
 
+from pgolf import coder
 from pgolf.artifact import DEFAULT_LIMIT_BYTES
 
 
-def sign(manifest, pieces, version=2, size=None):
+def sign(manifest, pieces, version=3, size=None):
     """A file with correct checksums around any manifest (object, text or bytes) and any stored streams."""
     text = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
     stored = brotli.compress(text, quality=1)
@@ -37,53 +37,60 @@ def open_up(data):
     return manifest, pieces
 
 
-def tensor(name="w", shape=(4, 8), bits=6, values="stored", layout="plain", **changes):
-    member = {"name": name, "role": "mlp", "shape": list(shape), "bits": bits, "values": [values, layout]}
+def tensor(name="w", shape=(4, 8), bits=6, **changes):
+    member = {"name": name, "role": "mlp", "shape": list(shape), "bits": bits}
     if isinstance(bits, int) and 2 <= bits <= 8:
-        member["scale"] = ["stored", "plain"]
         member["states"] = 0
     return {**member, **changes}
 
 
-def trellis(states=8, order="stored", **changes):
-    return tensor(states=states, order=[order, "plain"], **changes)
+def trellis(states=8, **changes):
+    return tensor(states=states, **changes)
 
 
 def manifest(*tensors, **changes):
     return {"metadata": {}, "tensors": list(tensors), **changes}
 
 
-@functools.cache
-def brotli_zeros(count):
-    compressor, block = brotli.Compressor(quality=1), bytes(2**20)
-    whole, rest = divmod(count, len(block))
-    return b"".join([compressor.process(block) for _ in range(whole)] + [compressor.process(bytes(rest))]) + (
-        compressor.finish()
-    )
-
-
-def zstd_zeros(count, claim=None):
-    """A frame of zeros; with `claim`, its header is made to state that content size and a window of as much."""
-    data = zstandard.ZstdCompressor(level=1, write_checksum=False).compress(bytes(count))
-    if claim is None:
-        return data
-    assert data[4] == 0b10000000, "a window of one byte, then a content size of four"
-    return data[:4] + struct.pack("<BI", 0b10100000, claim) + data[10:]
-
-
-def zstd_wide_window(raw, window_log):
-    """One raw block in a frame whose header asks for a window of 2**window_log bytes."""
-    block = struct.pack("<I", len(raw) << 3 | 1)[:3] + raw
-    return struct.pack("<IBBH", 0xFD2FB528, 0b01000000, (window_log - 10) << 3, len(raw) - 256) + block
-
-
 def nested(depth, inside=b""):
     return b"[" * depth + inside + b"]" * depth
 
 
-W, S = bytes(32), bytes(8)  # the streams of tensor()
-BOMB = 2**28  # more than may be allocated
+def ints(*arrays, single=False, mode="mix"):
+    """A blob of int8 arrays: zeros of a shape, or what is given; a list unless `single`."""
+    whole = [np.zeros(each, np.int8) if isinstance(each, tuple) else np.asarray(each, np.int8) for each in arrays]
+    return coder.encode(whole[0] if single else whole, mode)
+
+
+def floats(*arrays, dtype=np.float16, single=False):
+    whole = [np.ones(each, dtype) if isinstance(each, tuple) else np.asarray(each, dtype) for each in arrays]
+    return coder.encode_floats(whole[0] if single else whole)
+
+
+def values(array, mode="mix"):
+    return ints(array, single=True, mode=mode)
+
+
+def number(value):
+    """As the coder writes one."""
+    digits = []
+    while value >= 128:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def long_blob(kind, rows, columns, fill, payload_bytes):
+    """A blob whose payloads are one byte over and over, of values between -128 and 127."""
+    strips = -(-rows // (2**22 // columns))
+    share = payload_bytes // strips
+    shape = b"\2" + number(rows) + number(columns)
+    return bytes([1, kind, 0, 1]) + shape + b"\x80\x7f" + number(share) * strips + fill * (share * strips)
+
+
+W, S, ORDER = values((4, 8)), floats((4,)), ints((1, 8))  # the streams of tensor() and trellis()
 PLENTY = 60 * 2**20  # values that fit the limit, working copy included
+MANY = 200_000
 GOOD = manifest(tensor())
 
 
@@ -99,13 +106,14 @@ def hostile_files():
     def text(**changes):
         return json.dumps({**GOOD, **changes}).encode()
 
-    float_nan = struct.pack("<4e", 1, float("nan"), 1, 1)
-    float_inf = struct.pack("<4e", 1, float("inf"), 1, 1)
+    nan, infinite = [1, float("nan"), 1, 1], [1, float("inf"), 1, 1]
+    wrong = values(np.full((4, 8), 127))
     return {
         # sizes
         "giant shape": one("limit", tensor(shape=(2**30, 2**30))),
-        "giant shape times zero": one("stream w:scale", tensor(shape=(2**20, 0)), b"", b""),
+        "giant shape times zero": one("stream mlp:scales does", tensor(shape=(2**20, 0)), values((2**20, 0)), S),
         "giant scale": one("limit", tensor(shape=(2**31 - 1, 0)), b"", b""),
+        "nothing of giant width": one("limit", tensor(shape=(0, 2**30)), b"", b""),
         "overflowing shape": one("limit", tensor(shape=(2**31 - 1,) * 8)),
         "dimension too large": one("shape", tensor(shape=(2**31, 1))),
         "huge dimension": one("shape", tensor(shape=(10**18, 1))),
@@ -124,118 +132,100 @@ def hostile_files():
         ),
         "too many tensors": (sign(manifest(*[tensor(f"w{i}", (0, 0)) for i in range(1025)]), []), "1025"),
         # streams that lie
-        "fewer bytes stored": one("stream w:values", tensor(), W[:-1], S),
-        "more bytes stored": one("stream w:values", tensor(), W + b"\0", S),
-        "fewer scales": one("stream w:scale", tensor(), W, S[:-2]),
-        "a stream missing": one("ends before stream w:scale", tensor(), W),
+        "fewer values": one("stream w:values does not hold", tensor(), values((4, 7)), S),
+        "another shape": one("stream w:values does not hold", tensor(), values((8, 4)), S),
+        "one dimension": one("stream w:values does not hold", tensor(), values((32,)), S),
+        "a list of values": one("stream w:values does not hold", tensor(), ints((4, 8)), S),
+        "floats for values": one("stream w:values does not hold", tensor(), floats((4, 8), single=True), S),
+        "fewer scales": one("stream mlp:scales does not hold", tensor(), W, floats((3,))),
+        "scales of four bytes": one("stream mlp:scales does not hold", tensor(), W, floats((4,), dtype=np.float32)),
+        "scales alone": one("stream mlp:scales does not hold", tensor(), W, floats((4,), single=True)),
+        "two arrays of scales": one("stream mlp:scales does not hold", tensor(), W, floats((4,), (4,))),
+        "no scales": one("stream mlp:scales does not hold", tensor(), W, floats()),
+        "integers for scales": one("stream mlp:scales does not hold", tensor(), W, ints((4,))),
+        "floats of another width": one("does not hold", tensor(shape=(4,), bits=32), floats((4,))),
+        "values cut": one("stream w:values", tensor(), values(np.arange(32).reshape(4, 8))[:-1], S),
+        "values and more": one("longer than it says", tensor(), W + b"\0", S),
+        "values empty": one("stream w:values is empty", tensor(), b"", S),
+        "values rubbish": one("stream w:values", tensor(), b"\xff" * 99, S),
+        "values a pickle": one("stream w:values", tensor(), b"\x80\x04cos\nsystem\n(S'true'\ntR.", S),
+        "a stream missing": one("ends before stream mlp:scales", tensor(), W),
         "a stream too many": one("follow", tensor(), W, S, b""),
         "streams in the wrong order": one("stream w:values", tensor(), S, W),
         "no streams wanted": (sign(manifest(), [W]), "follow"),
-        "brotli: fewer": one("does not decode", tensor(values="brotli"), brotli.compress(W[:-1]), S),
-        "brotli: more": one("does not decode", tensor(values="brotli"), brotli.compress(W + b"\0"), S),
-        "brotli: cut": one("does not decode", tensor(values="brotli"), brotli.compress(W)[:-1], S),
-        "brotli: trailing": one("brotli", tensor(values="brotli"), brotli.compress(W) + b"\0", S),
-        "brotli: empty": one("does not decode", tensor(values="brotli"), b"", S),
-        "brotli: rubbish": one("brotli", tensor(values="brotli"), b"\xff" * 99, S),
-        "brotli: bomb": one("does not decode", tensor(values="brotli"), brotli_zeros(BOMB), S),
-        "brotli: bomb in scale": one(
-            "does not decode", tensor(scale=["brotli", "plain"]), W, brotli_zeros(BOMB)
-        ),
-        "brotli: nothing to hold": one("no values", tensor(shape=(0, 8), values="brotli"), brotli.compress(b""), b""),
-        "zstd: fewer": one("does not decode", tensor(values="zstd"), zstandard.compress(W[:-1]), S),
-        "zstd: more": one("does not decode", tensor(values="zstd"), zstandard.compress(W + b"\0"), S),
-        "zstd: cut": one("zstandard", tensor(values="zstd"), zstandard.compress(W)[:-1], S),
-        "zstd: trailing": one("zstandard", tensor(values="zstd"), zstandard.compress(W) + b"\0", S),
-        "zstd: two frames": one("zstandard", tensor(values="zstd"), zstandard.compress(W) * 2, S),
-        "zstd: empty": one("zstandard", tensor(values="zstd"), b"", S),
-        "zstd: rubbish": one("zstandard", tensor(values="zstd"), b"\xff" * 99, S),
-        "zstd: bomb": one("does not decode", tensor(values="zstd"), zstd_zeros(BOMB), S),
-        "zstd: bomb that lies": one("zstandard", tensor(values="zstd"), zstd_zeros(BOMB, claim=32), S),
-        "zstd: content size that lies": one(
-            "zstandard", tensor(shape=(1, PLENTY), values="zstd"), zstd_zeros(2**24, claim=PLENTY), S[:2]
-        ),
-        "zstd: window": one("window", tensor(shape=(4, 100), values="zstd"), zstd_wide_window(bytes(400), 30), S),
-        "zstd: no content size": one(
-            "does not decode",
-            tensor(values="zstd"),
-            zstandard.ZstdCompressor(write_content_size=False).compress(W),
-            S,
+        "blob of two times the values": one("does not hold", tensor(), values((8, 8)), S),
+        "blob of 256 MiB": one("does not hold", tensor(), bytes([1, 0, 0, 1, 1]) + number(2**28) + b"\3\3", S),
+        "blob of 2 GiB": one("too many values", tensor(), bytes([1, 0, 0, 1, 1]) + number(2**31) + b"\3\3", S),
+        "blob of many tensors": one("too many or too few", tensor(), bytes([1, 128, 0]) + number(4097), S),
+        # long work asked for with few bytes
+        **{
+            f"long work: {name} {fill!r}": one(
+                expected, tensor(shape=(rows, 1024), bits=8), long_blob(kind, rows, 1024, fill, size), floats((rows,))
+            )
+            for fill in (b"\0", b"\xff")
+            for name, kind, rows, size, expected in (
+                ("mix", 0, 4096, 140_000, "damaged"),
+                ("mix, too short", 0, 40960, 500, "too short"),
+                ("static", 1, 8192, 140_000, "damaged"),
+                ("static, too short", 1, 40960, 500, "too short"),
+            )
+        },
+        "long work: floats": one(
+            "too short", tensor(shape=(10_000_000,), bits=16),
+            bytes([1, 130, 0, 1, 1]) + number(10_000_000) + b"\2" + number(1000) + bytes(1000),
         ),
         "large, then wrong": (
             sign(
-                manifest(tensor("a", (1, PLENTY), values="brotli"), tensor("b")),
-                [brotli_zeros(PLENTY), S[:2], b"\x7f" * 32, S],
-            ),
-            "tensor b: values",
-        ),
-        "large and packed, then wrong": (
-            sign(
-                manifest(tensor("a", (1, PLENTY), 7, values="brotli", layout="packed"), tensor("b")),
-                [brotli_zeros(PLENTY * 7 // 8), S[:2], b"\x7f" * 32, S],
-            ),
-            "tensor b: values",
-        ),
-        "large and planes, then wrong": (
-            sign(
-                manifest(tensor("a", (PLENTY // 4,), 32, values="zstd", layout="planes"), tensor("b")),
-                [zstd_zeros(PLENTY), b"\x7f" * 32, S],
+                manifest(tensor("a", (1, PLENTY), 8), tensor("b")),
+                [bytes([1, 0, 0, 1, 2, 1]) + number(PLENTY) + b"\5\5", wrong, floats((1,), (4,))],
             ),
             "tensor b: values",
         ),
         # a trellis
         **{f"states {each!r}": one("states", trellis(each)) for each in (1, 6, 16, -8, True, "8", 8.0, None, [8])},
-        "states missing": one("states", {key: value for key, value in tensor().items() if key != "states"}),
+        "states missing": one("members", {key: value for key, value in tensor().items() if key != "states"}),
         "states of floats": one("members", tensor(shape=(4,), bits=16, states=0), S),
-        "order without states": one("members", trellis(0)),
-        "states without order": one("members", tensor(states=8)),
-        "order missing": one("ends before stream w:order", trellis(), W, S),
-        "fewer classes": one("stream w:order", trellis(), W, S, S[:-1]),
-        "classes beyond two bits": one("order: 4", trellis(), W, S, b"\x02" * 8),
-        "trellis of one dimension": one("trellis", trellis(shape=(8,)), S, S[:2], S),
-        "trellis of four dimensions": one("trellis", trellis(shape=(1, 1, 4, 8)), W, S, S),
+        "order missing": one("ends before stream mlp:orders", trellis(), W, S),
+        "order of no trellis": one("follow", tensor(), W, S, ORDER),
+        "fewer classes": one("stream mlp:orders does not hold", trellis(), W, S, ints((1, 7))),
+        "classes beyond two bits": one("order lies in 0..4", trellis(), W, S, ints([[4] + [0] * 7])),
+        "negative classes": one("order lies in -1..0", trellis(), W, S, ints([[-1] + [0] * 7])),
+        "trellis of one dimension": one("trellis", trellis(shape=(8,))),
+        "trellis of four dimensions": one("trellis", trellis(shape=(1, 1, 4, 8))),
         "trellis of wide rows": one("trellis", trellis(shape=(1, 65537))),
         "giant order": one("limit", trellis(shape=(2**31 - 1, 0, 65536))),
-        "giant empty matrices": one("stream w:order", trellis(shape=(1200, 0, 65536)), b"", b"", S),
+        "giant empty matrices": one("limit", trellis(shape=(1200, 0, 65536))),
         "many small matrices, then wrong": (
             sign(
-                manifest(tensor("a", (PLENTY // 3, 1, 1), states=8, order=["brotli", "plain"], values="brotli",
-                                scale=["brotli", "plain"]), tensor("b")),
-                [brotli_zeros(PLENTY // 3), brotli_zeros(PLENTY // 3 * 2), brotli_zeros(PLENTY // 3), b"\x7f" * 32, S],
+                manifest(tensor("a", (MANY, 1, 1), states=8), tensor("b")),
+                [values((MANY, 1, 1)), wrong, floats((MANY, 1), (4,)), ints((MANY, 1))],
             ),
             "tensor b: values",
         ),
         # values
-        "beyond six bits": one("-32..31", tensor(), b"\x20" * 32, S),
-        "below six bits": one("-32..31", tensor(), b"\xdf" * 32, S),
-        "NaN scale": one("finite", tensor(), W, float_nan),
-        "infinite scale": one("finite", tensor(), W, float_inf),
-        "NaN value": one("finite", tensor(shape=(4,), bits=16), float_nan),
-        "infinite value": one("finite", tensor(shape=(1,), bits=32), struct.pack("<f", float("-inf"))),
+        "beyond six bits": one("-32..31", tensor(), values(np.full((4, 8), 32)), S),
+        "below six bits": one("-32..31", tensor(), values(np.full((4, 8), -33)), S),
+        "NaN scale": one("finite", tensor(), W, floats(nan)),
+        "infinite scale": one("finite", tensor(), W, floats(infinite)),
+        "NaN value": one("finite", tensor(shape=(4,), bits=16), floats(nan)),
+        "infinite value": one("finite", tensor(shape=(1,), bits=32), floats([-np.inf], dtype=np.float32)),
         # words
         "version 0": (sign(GOOD, (W, S), version=0), "version 0"),
         "version 1": (sign(GOOD, (W, S), version=1), "version 1"),
-        "version 3": (sign(GOOD, (W, S), version=3), "version 3"),
-        "unknown codec": one("codec", tensor(values="pickle")),
-        "unknown layout": one("layout", tensor(layout="shuffled")),
-        "layout of another width": one("layout", tensor(layout="planes")),
-        "packed float": one("layout", tensor(shape=(4,), bits=16, layout="packed"), S),
-        "codec is a list": one("[codec, layout]", tensor(values=["stored"])),
-        "encoding of three": one("[codec, layout]", {**tensor(), "values": ["stored", "plain", "plain"]}),
-        "encoding is text": one("[codec, layout]", {**tensor(), "values": "st"}),
-        "encoding is an object": one("[codec, layout]", {**tensor(), "values": {"stored": 0, "plain": 1}}),
+        "version 2": (sign(GOOD, (W, S), version=2), "version 2; this build reads version 3"),
+        "version 4": (sign(GOOD, (W, S), version=4), "version 4"),
         "unknown role": one("role", tensor(role="pickle")),
         "role is a list": one("role", tensor(role=["mlp"])),
-        **{f"bits {bits!r}": one("bits", tensor(bits=bits, scale=["stored", "plain"])) for bits in (0, 1, -6, 2**70)},
-        **{f"bits {bits!r}": one("members", tensor(bits=bits, scale=["stored", "plain"])) for bits in (9, 16, 64)},
+        **{f"bits {bits!r}": one("bits", tensor(bits=bits)) for bits in (0, 1, -6, 2**70)},
+        **{f"bits {bits!r}": one("members", tensor(bits=bits, states=0)) for bits in (9, 16, 64)},
         **{f"bits {bits!r}": one("bits", {**tensor(), "bits": bits}) for bits in (True, 6.0, "6", None, [6])},
         "name missing": one("members", {key: value for key, value in tensor().items() if key != "name"}),
-        "scale missing": one("members", {key: value for key, value in tensor().items() if key != "scale"}),
         "member too many": one("members", tensor(zero=0)),
         **{
             f"name {name!r:.20}": one("name", tensor(name=name))
             for name in ("", "a b", "a\n", "a\x00", "é", "x" * 129, 7, None, ["w"], "\ud800", "w:values")
         },
-        "name twice": (sign(manifest(tensor(), tensor()), (W, S, W, S)), "twice"),
+        "name twice": (sign(manifest(tensor(), tensor()), (W, W, S)), "twice"),
         "tensor is a list": one("object", [1, 2]),
         "tensors is an object": (sign({"metadata": {}, "tensors": {}}, ()), "list"),
         "manifest is a list": raw("members", b"[]"),
@@ -271,6 +261,6 @@ def hostile_files():
         "empty file": (b"", "not a pgolf artifact"),
         "magic alone": (sign(GOOD, (W, S))[:8], "header"),
         "header alone": (sign(GOOD, (W, S))[:24], "manifest"),
-        "length of 4 GiB": (sign(GOOD, (W,)) + b"\xff" * 4 + S, "ends within stream w:scale"),
+        "length of 4 GiB": (sign(GOOD, (W,)) + b"\xff" * 4 + S, "ends within stream mlp:scales"),
         "a pickle": (b"\x80\x04cos\nsystem\n(S'true'\ntR.", "not a pgolf artifact"),
     }  # fmt: skip

@@ -19,7 +19,6 @@ import torch
 from hostile_artifacts import hostile_files, open_up, sign
 
 import pgolf
-from pgolf import streams
 from pgolf.artifact import StoredTensor, read_artifact, write_artifact
 from pgolf.errors import ArtifactError
 
@@ -80,8 +79,8 @@ def corrupt(data, chance):
 
 
 JUNK = [
-    *(None, True, False, 0, 1, -1, 2, 8, 16, 32, 2**31, 2**63, 0.5, 1e300, "", "w", "mlp", "stored", "brotli", "zstd"),
-    *("plain", "packed", "planes", [], [[]], {}, {"a": 1}, [4, 8], [0], ["zstd", "packed"], ["stored", "planes"]),
+    *(None, True, False, 0, 1, -1, 2, 8, 16, 32, 2**31, 2**63, 0.5, 1e300, "", "w", "mlp"),
+    *([], [[]], {}, {"a": 1}, [4, 8], [0], [2**20, 2**20], [2**27]),
 ]
 
 
@@ -230,7 +229,7 @@ def test_every_truncation_and_every_exchange_of_streams_is_detected(tmp_path):
     path = tmp_path / "small.pgolf"
     values = torch.arange(-16, 16, dtype=torch.int8).reshape(4, 8)
     tensors = [
-        StoredTensor(name, "mlp", (4, 8), values + add, torch.ones(4).half(), 6) for add, name in enumerate("ab")
+        StoredTensor(name, "mlp", (4, 8), values ^ add, torch.ones(4).half(), 6) for add, name in enumerate("ab")
     ]
     write_artifact(path, tensors, {})
     data = path.read_bytes()
@@ -238,11 +237,10 @@ def test_every_truncation_and_every_exchange_of_streams_is_detected(tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(ArtifactError):
             read_artifact(path)
-    sizes = [8 + len(piece) for piece in open_up(data)[1]]
-    start = len(data) - sum(sizes)
-    assert sizes[:2] == sizes[2:]
-    middle = start + sizes[0] + sizes[1]
-    path.write_bytes(data[:start] + data[middle:] + data[start:middle])
+    one, other, rest = (8 + len(piece) for piece in open_up(data)[1])
+    start = len(data) - one - other - rest
+    first, second = data[start : start + one], data[start + one : start + one + other]
+    path.write_bytes(data[:start] + second + first + data[len(data) - rest :])
     with pytest.raises(ArtifactError, match="checksum"):
         read_artifact(path)
 
@@ -266,17 +264,6 @@ def test_reading_survives_a_name_with_a_line_break(tmp_path):
     with pytest.raises(ArtifactError) as caught:
         read_artifact(path)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("codec", streams.CODECS)
-@pytest.mark.parametrize("size", [0, 1, 100, 32751, 32752, 32753, 2**20])
-def test_codecs_return_exactly_what_was_declared(codec, size):
-    raw = random.Random(size).randbytes(size)
-    data = memoryview(streams.CODECS[codec].encode(raw))
-    assert streams.CODECS[codec].decode(data, size) == raw
-    for wrong in {size - 1, size + 1, 2 * size + 5} - {-1}:
-        with pytest.raises(ValueError):
-            streams.CODECS[codec].decode(data, wrong)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pgolf.cli import main
-from pgolf.settings import PRESETS
-from pgolf.size import code_files, entropy_bits
+from pgolf.files import make_folder, write_json
+from pgolf.model import Model, ModelConfig
+from pgolf.settings import PRESETS, load_settings
+from pgolf.size import entropy_bits, projected_bytes
 
 
 def test_size_of_the_baseline(capsys):
@@ -35,6 +38,33 @@ def test_size_follows_the_environment(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["fits_budget"] is False
 
 
+def test_size_knows_artifact_bytes(capsys, monkeypatch):
+    monkeypatch.setenv("ARTIFACT_BYTES", "15800000")
+    assert main(["size", "--preset", "baseline", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["projected_artifact_bytes"] == 15_800_000
+    assert result["projected_bytes_at_clip_sigmas"] == sum(result["projected_bytes_by_role"].values()) < 15_800_000
+    assert result["projected_total_bytes"] == 15_800_000 + result["code_bytes"]
+    assert main(["size", "--preset", "baseline"]) == 0
+    assert "fitted" in capsys.readouterr().out
+
+
+def test_size_from_the_weights_of_a_run(tmp_path, capsys, tiny_environ):
+    settings = load_settings({**tiny_environ, "RUN_ID": "run", "OUT_DIR": str(tmp_path)})
+    folder = make_folder(tmp_path / "run")
+    write_json(folder / "settings.json", settings.model_dump())
+    model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(0))
+    ema = {"average": [parameter.detach() for parameter in model.parameters()], "updates": 3}
+    torch.save({"model": model.state_dict(), "ema": ema}, folder / "checkpoint.pt")
+    assert main(["size", str(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["from_weights"] is True
+    assert result["projected_bytes_by_role"] == projected_bytes(model.named_parameters(), settings)
+    (folder / "checkpoint.pt").write_bytes(b"damaged")
+    assert main(["size", str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_entropy_of_gaussian_rows_is_the_measured_one():
     # Bits a weight measured on a million Gaussian int6 weights, clipped at 12.85 and at 11.5 sigmas.
     assert entropy_bits(6, 12.85) == pytest.approx(3.328, abs=0.001)
@@ -42,16 +72,14 @@ def test_entropy_of_gaussian_rows_is_the_measured_one():
     assert entropy_bits(2, 100.0) == 0
 
 
-def test_counted_code_is_all_of_it():
-    names = {path.name for path in code_files()}
-    assert {"train_gpt.py", "model.py", "gptq.py", "pack_bits.cpp", "unpack_dequantize.py", "report.html"} <= names
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["size", "--preset", "huge"], "huge"),
         (["eval", "nowhere"], "nowhere"),
+        (["size", "nowhere"], "nowhere"),
+        (["size", "nowhere", "--preset", "demo"], "--preset"),
+        (["artifact", "show", "nowhere"], "nowhere"),
         (["data", "inspect", "nowhere"], "nowhere"),
         (["data", "tokenize", "nowhere.txt", "--out", "x"], "nowhere.txt"),
     ],
@@ -67,7 +95,7 @@ def test_bad_input_is_one_line(arguments, named, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["size", "--colour"], ["data"], ["data", "download", "--variant", "x"]]
+    "arguments", [[], ["fly"], ["size", "--colour"], ["data"], ["data", "download", "--variant", "x"], ["artifact"]]
 )
 def test_bad_usage_is_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -304,7 +304,9 @@ def test_damaged_blobs_under_the_sanitizers(tmp_path):
     for name, blob in sample_blobs().items():
         paths.append(tmp_path / name)
         paths[-1].write_bytes(blob)
-    done = subprocess.run([str(program), "fuzz", "200", *map(str, paths)], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(program), "fuzz", str(random.randrange(2**31)), "200", *map(str, paths)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     refused, longest = done.stdout.split()
     assert int(refused) > 0.8 * 200 * len(paths)

@@ -70,17 +70,30 @@ def test_summary_is_complete_and_adds_up(finished):
     assert operations <= summary["backends"].keys()
 
 
-def test_a_run_fills_artifact_bytes(finished, tmp_path, tiny_environ):
-    plain = summary_of(finished[0])["artifact_bytes"]
-    target = round(0.9 * plain)
-    result = run_script(
-        tmp_path, {**tiny_environ, "RUN_ID": "filled", "QUANTIZER": "gptq", "ARTIFACT_BYTES": str(target)}
-    )
+def test_the_size_is_known_when_the_rate_begins_to_fall(finished):
+    folder, output = finished
+    summary = summary_of(folder)
+    # Of 16 kB; what does not grow with the model weighs most here.
+    assert abs(summary["projected_artifact_bytes"] / summary["artifact_bytes"] - 1) < 0.05
+    assert f"projected artifact:{summary['projected_artifact_bytes']} with code:" in output
+    assert f"projected:{summary['projected_artifact_bytes']}, off by " in output
+    assert summary["code_bytes"] < summary["code_bytes_raw"] / 3
+
+
+def test_a_run_over_budget_takes_larger_steps(finished, tmp_path, tiny_environ):
+    plain = summary_of(finished[0])
+    target = round(0.9 * plain["artifact_bytes"])
+    budget = target + plain["code_bytes"]
+    result = run_script(tmp_path, {**tiny_environ, "RUN_ID": "tight", "QUANTIZER": "gptq", "BUDGET_BYTES": str(budget)})
     assert result.returncode == 0, result.stderr
-    summary = summary_of(tmp_path / "filled")
-    assert 0.995 * target <= summary["artifact_bytes"] <= target  # 17 kB: a step's change moves more than 0.1% of it
+    summary = summary_of(tmp_path / "tight")
+    assert 0.995 * target <= summary["artifact_bytes"] <= target  # 16 kB: a step's change moves more than 0.1% of it
+    assert summary["fits_budget"] is True
     assert {"gptq", "unpack_dequantize"} <= summary["backends"].keys()
-    assert f"of {target} bytes after " in result.stdout
+    assert "larger steps will be chosen" in result.stdout
+    assert f"of {target} bytes: " in result.stdout
+    assert " bytes over budget at the settings' steps; steps x" in result.stdout
+    assert "nats a token by the model" in result.stdout
 
 
 def test_every_promised_file_is_there_and_valid(finished):

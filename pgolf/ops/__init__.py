@@ -12,7 +12,7 @@ from pgolf.ops.linear_softcapped_cross_entropy import linear_softcapped_cross_en
 from pgolf.ops.newton_schulz import newton_schulz
 from pgolf.ops.pack_bits import pack_bits, unpack_bits
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
-from pgolf.ops.trellis_dequantize import trellis_dequantize, trellis_merge, trellis_split
+from pgolf.ops.trellis_dequantize import trellis_dequantize
 from pgolf.ops.trellis_quantize import Trellis, trellis_quantize
 from pgolf.ops.unpack_dequantize import unpack_dequantize
 
@@ -33,9 +33,7 @@ __all__ = [
     "pack_bits",
     "softcapped_cross_entropy",
     "trellis_dequantize",
-    "trellis_merge",
     "trellis_quantize",
-    "trellis_split",
     "unpack_bits",
     "unpack_dequantize",
     "used",

@@ -1,23 +1,13 @@
-"""The trellis decoder: from indices to weights, and to and from the order in which indices are coded.
+"""The trellis decoder: from indices to weights.
 
 The machine and what an index is worth are told in trellis_quantize.py. `order` (N,) or (B, N) int8 gives each column a
 class 0..3; the machine takes the columns by class and, in a class, as they come.
 
-    trellis_dequantize   w[r, j] = level(k[r, j]) · scale[r], in float32, exact: one rounding of one product
-    trellis_split        all indices of a bank, matrix by matrix and row by row in the machine's order, parted by their
-                         quantiser: those under quantiser 0 from the front, those under quantiser 1 from the back
-    trellis_merge        the inverse: it follows the machine, which says at which end the next index is
-
-Indices under quantiser 0 and 1 have other frequencies (0 is twice as frequent under one), and a coder of bytes does not
-know the quantiser: brotli makes of the indices of six real matrices 311,918 bytes as they lie, 303,048 when parted.
-Every sequence of integers is `trellis_split` of some indices, so a stream cannot be malformed.
+    w[r, j] = level(k[r, j]) · scale[r]        in float32, exact: one rounding of one product
 
 Shapes and dtypes: indices int8 (M, N) or (B, M, N), scale floating (M,) or (B, M); exact on every backend, on the CPU
-for native. Not differentiable. Traffic: 5 bytes a weight to dequantise, 2 to split or merge.
+for native. Not differentiable. Traffic: 5 bytes a weight.
 """
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +21,6 @@ NEXT = {
 }
 QUANTISER = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
 backends.register("trellis_dequantize", native=("cpu",))
-backends.register("trellis_split", native=("cpu",))
-backends.register("trellis_merge", native=("cpu",))
 
 
 def trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
@@ -69,63 +57,6 @@ def quantisers_of(indices: Tensor, order: Tensor, states: int) -> Tensor:
     return torch.empty_like(indices).scatter_(-1, columns, found)
 
 
-def trellis_split(indices: Tensor, order: Tensor, states: int) -> Tensor:
-    """All indices in the order in which they are coded: int8 (n,). Arguments as for `trellis_dequantize`."""
-    _check_machine(tuple(indices.shape), indices, order, states)
-    _check_classes(order)
-    if backends.choose("trellis_split", indices.device.type) == "reference":
-        return trellis_split_reference(indices, order, states)
-    return _reorder(
-        "trellis_split", indices, order, torch.empty(indices.numel(), dtype=torch.int8), indices.shape, states
-    )
-
-
-def trellis_merge(stream: Tensor, order: Tensor, states: int, shape: Sequence[int]) -> Tensor:
-    """The indices, int8 of `shape`, that `trellis_split` has made `stream` (n,) int8 of."""
-    _check_machine(tuple(shape), stream, order, states)
-    _check_classes(order)
-    if backends.choose("trellis_merge", stream.device.type) == "reference":
-        return trellis_merge_reference(stream, order, states, shape)
-    return _reorder("trellis_merge", stream, order, torch.empty(tuple(shape), dtype=torch.int8), shape, states)
-
-
-def trellis_split_reference(indices: Tensor, order: Tensor, states: int) -> Tensor:
-    """The definition in plain PyTorch; arguments as for `trellis_split`."""
-    columns = order.long().argsort(dim=-1, stable=True).unsqueeze(-2).expand_as(indices)
-    taken = indices.gather(-1, columns)
-    quantiser = quantisers_of(indices, order, states).gather(-1, columns)
-    return torch.cat((taken[quantiser == 0], taken[quantiser == 1].flip(0)))
-
-
-def trellis_merge_reference(stream: Tensor, order: Tensor, states: int, shape: Sequence[int]) -> Tensor:
-    """The definition in plain Python; arguments as for `trellis_merge`."""
-    values, front, back = stream.tolist(), 0, stream.numel()
-    columns = order.long().argsort(dim=-1, stable=True)
-    found = []
-    for _ in range(stream.numel() // max(shape[-1], 1)):
-        state, row = 0, []
-        for _ in range(shape[-1]):
-            if QUANTISER[states][state]:
-                back -= 1
-                row.append(values[back])
-            else:
-                row.append(values[front])
-                front += 1
-            state = NEXT[states][state][row[-1] & 1]
-        found.append(row)
-    taken = torch.tensor(found, dtype=torch.int8, device=stream.device).reshape(tuple(shape))
-    places = columns.unsqueeze(-2).expand(tuple(shape))
-    return torch.empty_like(taken).scatter_(-1, places, taken)
-
-
-def _reorder(name: str, source: Tensor, order: Tensor, target: Tensor, shape: Sequence[int], states: int) -> Tensor:
-    source, order = source.contiguous(), order.contiguous()
-    matrices = shape[0] if len(shape) == 3 else 1
-    addresses = (source.data_ptr(), order.data_ptr(), target.data_ptr())
-    getattr(backends.native(), name)(*addresses, matrices, *shape[-2:], states)
-    return target
-
-
 @torch.library.custom_op("pgolf::trellis_dequantize", mutates_args=())
 def _trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
     _check_indices(indices, scale, order, states)  # again: this operation can be called without the public function
@@ -154,21 +85,15 @@ def check_states(states: int) -> None:
 
 
 def _check_indices(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> None:
-    _check_machine(tuple(indices.shape), indices, order, states)
+    checks.tensor("indices", indices, (torch.int8,))
     checks.tensor("scale", scale, checks.FLOATS)
-    checks.shape("scale", scale, tuple(indices.shape[:-1]), "one scale a row")
-    checks.same_device("indices", indices, scale=scale)
-
-
-def _check_machine(shape: tuple[int, ...], values: Tensor, order: Tensor, states: int) -> None:
-    checks.tensor("indices", values, (torch.int8,))
     checks.tensor("order", order, (torch.int8,))
+    shape = tuple(indices.shape)
     if len(shape) not in (2, 3):
         raise ValueError(f"indices: shape {shape} is not accepted; expected (M, N) or (B, M, N)")
-    if values.shape != shape and values.shape != (math.prod(shape),):
-        raise ValueError(f"stream: shape {tuple(values.shape)} does not hold indices of shape {shape}")
+    checks.shape("scale", scale, shape[:-1], "one scale a row")
     checks.shape("order", order, (*shape[:-2], shape[-1]), "one class a column")
-    checks.same_device("indices", values, order=order)
+    checks.same_device("indices", indices, scale=scale, order=order)
     check_states(states)
 
 

@@ -33,8 +33,7 @@ def test_available_names_every_operation_and_backend():
     table = ops.available()
     assert set(table) == {
         "gptq", "gptq_refine", "leaky_relu2_mlp", "linear_softcapped_cross_entropy", "newton_schulz", "pack_bits",
-        "softcapped_cross_entropy", "trellis_dequantize", "trellis_merge", "trellis_quantize", "trellis_split",
-        "unpack_bits", "unpack_dequantize",
+        "softcapped_cross_entropy", "trellis_dequantize", "trellis_quantize", "unpack_bits", "unpack_dequantize",
     }  # fmt: skip
     for op, row in table.items():
         assert tuple(row) == ops.BACKENDS

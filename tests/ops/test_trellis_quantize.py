@@ -13,8 +13,6 @@ from pgolf.ops.trellis_dequantize import (
     QUANTISER,
     quantisers_of,
     trellis_dequantize_reference,
-    trellis_merge_reference,
-    trellis_split_reference,
 )
 from pgolf.ops.trellis_quantize import _search, _search_native, trellis_quantize_reference
 
@@ -89,23 +87,6 @@ def test_decoder(states, poisoned):
             assert torch.equal(one, ops.trellis_dequantize(matrix, s, its, states))
         turned = ops.trellis_dequantize(indices.mT.contiguous().mT, scale, order, states)
         assert torch.equal(turned, found)
-
-
-@pytest.mark.parametrize("states", [4, 8])
-def test_coding_order_and_back(states, poisoned):
-    for shape in ((1, 1), (3, 40), (7, 129), (2, 5, 31), (3, 0, 4), (2, 3, 0)):
-        indices = torch.randint(-128, 128, shape, dtype=torch.int8)
-        order = torch.randint(0, 4, (*shape[:-2], shape[-1]), dtype=torch.int8)
-        stream = ops.trellis_split(indices, order, states)
-        assert torch.equal(stream, trellis_split_reference(indices, order, states))
-        assert torch.equal(ops.trellis_merge(stream, order, states, shape), indices)
-        assert torch.equal(trellis_merge_reference(stream, order, states, shape), indices)
-        first = int((quantisers_of(indices, order, states) == 0).sum())
-        assert torch.equal(stream[:first].sort()[0], indices[quantisers_of(indices, order, states) == 0].sort()[0])
-        other = torch.randint(-128, 128, stream.shape, dtype=torch.int8)  # any stream is that of some indices
-        assert torch.equal(ops.trellis_split(ops.trellis_merge(other, order, states, shape), order, states), other)
-    with pytest.raises(ValueError, match="stream: shape"):
-        ops.trellis_merge(torch.zeros(5, dtype=torch.int8), torch.zeros(2, dtype=torch.int8), states, (2, 2))
 
 
 def test_decoder_is_an_operation_of_torch():
@@ -319,4 +300,4 @@ def test_native_arguments_are_checked():
         with pytest.raises(ValueError, match="accepted is"):
             module.trellis_search(*arguments)
     with pytest.raises(ValueError, match="states is 5"):
-        module.trellis_merge(1, 1, 1, 1, 1, 1, 5)
+        module.trellis_dequantize(1, 1, 1, 1, 1, 1, 1, 5)
