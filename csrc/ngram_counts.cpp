@@ -27,30 +27,42 @@ NgramCounts::NgramCounts(const CountsConfig& config)
       successors_(share(config, successor_share)),
       stream_(config.longest, config.boundary, config.reset, share(config, history_share) / sizeof(uint16_t)) {}
 
-void NgramCounts::fetch(int level, const uint16_t* x, Ahead& ahead) {
-  Context* context = &direct_[x[-1]];
-  if (level > 1) {
-    const Context* shorter = ahead.found[level - 1];
-    context = contexts_.place_at(ahead.hash, id(shorter), x[-level]);
-    if (!context) ahead.going = false;
-    if (!context) return;
-  }
-  if (!context->owner) {
-    ahead.going = false;
+// Finds the context of `length` tokens, if that is what comes next for x[0], and asks for what will be looked at then.
+void NgramCounts::fetch(int length, const uint16_t* x, Ahead& ahead) {
+  if (ahead.next == Ahead::leaf) {
+    fetch_split(x, ahead);
     return;
   }
-  ahead.found[level] = context;
-  ahead.depth = level;
-  ahead.going = context->distinct > 0 && level < ahead.reach;
+  Context* context = length == 1 ? &direct_[x[-1]] : contexts_.place_at(ahead.hash, id(ahead.found[length - 1]), x[-length]);
+  ahead.next = Ahead::done;
+  if (!context || !context->owner) return;
+  ahead.found[length] = context;
+  ahead.depth = length;
+  const uint32_t owner = id(context);
   if (context->distinct == 0) {
     prefetch(stream_.history() + context->total);
+    if (length == ahead.reach) prefetch(successors_.home(hash_key(owner, x[0])));
+    if (length < ahead.reach) ahead.next = Ahead::leaf;
     return;
   }
-  const uint32_t owner = id(context);
   if (context->first != x[0]) prefetch(successors_.home(hash_key(owner, x[0])));
-  if (!ahead.going) return;
-  ahead.hash = hash_key(owner, x[-level - 1]);
+  if (length == ahead.reach) return;
+  ahead.next = Ahead::search;
+  ahead.hash = hash_key(owner, x[-length - 1]);
   prefetch(contexts_.home(ahead.hash));
+}
+
+// Asks for what split() will write, if the leaf's place and this one have no more in common than its tokens.
+void NgramCounts::fetch_split(const uint16_t* x, Ahead& ahead) {
+  const Context* leaf = ahead.found[ahead.depth];
+  ahead.next = Ahead::done;
+  if (leaf->distinct) return;  // another position split it meanwhile
+  const uint32_t owner = id(leaf), position = leaf->total;
+  const int length = ahead.depth;
+  prefetch(contexts_.home(hash_key(owner, x[-length - 1])));
+  if (static_cast<uint32_t>(length) < position)
+    prefetch(contexts_.home(hash_key(owner, stream_.history()[position - length - 1])));
+  if (stream_.history()[position] != x[0]) prefetch(successors_.home(hash_key(owner, x[0])));
 }
 
 // Counts x[0] in all its contexts. Fills the evidence that there was before, and returns for how many contexts.

@@ -89,14 +89,17 @@ class NgramCounts {
     uint64_t hash;  // of the context after the last one found
     int reach;      // tokens of its longest possible context
     int depth;      // contexts found
-    bool going;
+    enum { done, search, leaf } next;
   };
-  static constexpr int ring = 16;  // positions ahead; more than most_context
+  static constexpr int spacing = 2;  // positions between the look-ups of two contexts of one position
+  static constexpr int ring = 32;    // more than are under way
+  static_assert(ring > spacing * (most_context - 1) + 1, "positions under way do not share a place");
   static constexpr uint32_t no_owner = ~0u;  // of contexts of one token; no id is as large
 
   template <class Visit>
   void observe_block(const uint16_t* x, int64_t count, Visit visit);
-  void fetch(int level, const uint16_t* x, Ahead& ahead);
+  void fetch(int length, const uint16_t* x, Ahead& ahead);
+  void fetch_split(const uint16_t* x, Ahead& ahead);
   int take(const uint16_t* x, const Ahead& ahead, Evidence* evidence);
   void split(const uint16_t* x, Context* leaf, int length, int agreeing);
   Evidence add(Context* context, uint16_t token);
@@ -135,21 +138,22 @@ void NgramCounts::observe_block(const uint16_t* x, int64_t count, Visit visit) {
   Ahead ahead[ring];
   Evidence evidence[most_context];
   const int longest = stream_.longest();
+  const int64_t far = spacing * (longest - 1) + 1;
   int reach = stream_.reach();
-  // The context of k tokens is looked up `longest` + 1 - k positions ahead, in a line that was asked for a position
-  // earlier, and the line of the next longer one is asked for.
-  for (int64_t now = -longest; now < count; ++now) {
-    const int64_t newest = now + longest;
+  // The context of one token is looked up `far` positions ahead, that of k tokens `spacing` positions after that of k - 1,
+  // in a line which was asked for then.
+  for (int64_t now = -far; now < count; ++now) {
+    const int64_t newest = now + far;
     if (newest < count) {
-      Ahead& next = ahead[newest % ring];
-      next.reach = reach;
-      next.depth = 0;
-      next.going = reach > 0;
+      Ahead& first = ahead[newest % ring];
+      first.reach = reach;
+      first.depth = 0;
+      first.next = reach > 0 ? Ahead::search : Ahead::done;
       reach = stream_.longer(reach, x[newest]);
     }
     for (int length = 1; length <= longest; ++length) {
-      const int64_t at = newest + 1 - length;
-      if (at >= 0 && at < count && ahead[at % ring].going) fetch(length, x + at, ahead[at % ring]);
+      const int64_t at = newest - spacing * (length - 1);
+      if (at >= 0 && at < count && ahead[at % ring].next) fetch(length, x + at, ahead[at % ring]);
     }
     if (now < 0) continue;
     const int depth = take(x + now, ahead[now % ring], evidence);
