@@ -24,6 +24,7 @@ from pgolf.dataset import compressors_bpb, open_dataset
 from pgolf.distributed import Ranks, launch
 from pgolf.errors import PgolfError
 from pgolf.evaluate import Score, evaluate
+from pgolf.evaluate_ngram import evaluate_ngram
 from pgolf.machine import compute_dtype, keep_freed_memory
 from pgolf.model import Model, ModelConfig
 from pgolf.packed_code import code_bytes, raw_code_bytes
@@ -120,8 +121,14 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log_score(trainer.step, float_score, trainer.used_seconds)
     with run.timed("evaluate"):
         artifact = read_artifact(artifact_path)
-        final = score(model_from_artifact(artifact, dtype, ranks.device))
+        stranger = model_from_artifact(artifact, dtype, ranks.device)
+        if settings.ngram == "off":
+            final, mixed = score(stranger), None
+        else:
+            final, mixed = evaluate_ngram(stranger, data, settings, ranks)
     run.log(f"final_artifact_roundtrip_exact val_loss:{final.loss:.8f} val_bpb:{final.bpb:.8f}")
+    if mixed:
+        run.log(f"ngram:{settings.ngram} val_loss:{mixed.loss:.8f} val_bpb:{mixed.bpb:.8f}")
 
     # Where every byte of the budget went, and what other compressors make of the same text
     total = artifact.bytes.total + code
@@ -131,6 +138,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         val_bpb_float=float_score.bpb,
         val_loss_quantized=final.loss,
         val_bpb_quantized=final.bpb,
+        val_bpb_ngram=mixed and mixed.bpb,
         val_tokens=final.tokens,
         val_bytes=final.bytes,
         artifact_bytes=artifact.bytes.total,

@@ -174,7 +174,11 @@ class Model(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats a token of targets (rows, length), in float32."""
-        return ops.softcapped_cross_entropy(self(tokens), targets, self.config.logit_softcap, reduction)
+        return self.loss_of(self(tokens), targets, reduction)
+
+    def loss_of(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """The same from what `forward` returned."""
+        return ops.softcapped_cross_entropy(logits, targets, self.config.logit_softcap, reduction)
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, (length, 1, head_dim / 2) each, in the compute dtype."""

@@ -103,6 +103,11 @@ class Settings(BaseModel):
     artifact_bytes: int = Field(0, ge=0)  # steps are chosen to fill these; 0: *_clip_sigmas, larger if over budget
     artifact_coder: Literal["mix", "static"] = "mix"  # small, or fast
 
+    # evaluation with a causal n-gram cache, besides the model alone
+    ngram: Literal["off", "adaptive", "dirichlet", "pyp", "tilt"] = "off"
+    ngram_order: int = Field(0, ge=0, le=16)  # highest; 0: 7, of tilt 16
+    ngram_memory_bytes: int = Field(1 << 30, ge=1 << 22, le=1 << 36)  # at most; a short split takes less
+
     # logging and machine
     val_loss_every: int = Field(1000, ge=0)  # 0: only at the end
     val_batch_size: int = Field(65_536, gt=0)  # tokens a forward pass, on one rank
@@ -182,6 +187,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "muon_coefficients": "polar_express",
         "muon_row_normalize": True,
         "muon_weight_decay": 0.05,
+        "ngram": "adaptive",
         "val_loss_every": 0,
         "val_batch_size": 8192,
         "train_log_every": 10,

@@ -137,7 +137,7 @@ def test_two_processes_give_the_score_of_one(finished, tmp_path, tiny_environ):
     assert result.returncode == 0, result.stderr
     one, two = summary_of(finished[0]), summary_of(tmp_path / "two")
     assert two["world_size"] == 2
-    for name in ("val_bpb_float", "val_bpb_quantized"):
+    for name in ("val_bpb_float", "val_bpb_quantized", "val_bpb_ngram"):
         assert two[name] == pytest.approx(one[name], abs=1e-3)
     assert (two["val_tokens"], two["val_bytes"]) == (one["val_tokens"], one["val_bytes"])
 

@@ -9,6 +9,7 @@ arguments, or raising an error that says why the two cannot be compared.
 
 import ast
 import importlib
+import importlib.util
 import itertools
 import os
 import sys
@@ -66,6 +67,17 @@ def take(path: Path, names: list[str], given: dict[str, Any]) -> SimpleNamespace
     sys.modules[module.__name__] = module
     exec(compile(ast.Module(body=wanted, type_ignores=[]), str(path), "exec"), module.__dict__)
     return SimpleNamespace(**{name: getattr(module, name) for name in names})
+
+
+def load_module(path: Path) -> ModuleType:
+    """A whole file of a peer, run as a module of its own."""
+    name = f"peers.loaded_{next(_numbers)}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise LookupError(f"no {path.name} in the checkout")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @lru_cache
