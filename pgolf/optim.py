@@ -154,12 +154,11 @@ def make_optimisers(model: Model, settings: Settings, ranks: Ranks = ALONE, comp
     )
     adam = torch.optim.AdamW(
         [
-            {"params": embeddings, "lr": settings.tied_embed_lr},
-            {"params": small, "lr": settings.scalar_lr, "weight_decay": 0.0},
+            {"params": embeddings, "lr": settings.tied_embed_lr, "weight_decay": settings.embed_weight_decay},
+            {"params": small, "lr": settings.scalar_lr, "weight_decay": settings.adam_weight_decay},
         ],
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_eps,
-        weight_decay=settings.adam_weight_decay,
         fused=True,
     )
     return Optimisers(muon, adam, settings.grad_clip_norm)

@@ -15,11 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pgolf.errors import UserError
-
-DEMO_DATA_PATH = "data/datasets/demo_sp1024"
-DEMO_TOKENIZER_PATH = "data/tokenizers/demo_1024_bpe.model"
-FINEWEB_DATA_PATH = "data/datasets/fineweb10B_sp1024"
-FINEWEB_TOKENIZER_PATH = "data/tokenizers/fineweb_1024_bpe.model"
+from pgolf.presets import FINEWEB, FINEWEB_TOKENIZER, PRESETS, default_preset
 
 
 class Settings(BaseModel):
@@ -33,9 +29,10 @@ class Settings(BaseModel):
     resume: str = ""  # the folder of an interrupted run
 
     # data
-    data_path: str = FINEWEB_DATA_PATH  # folder of *_train_*.bin and *_val_*.bin shards
-    tokenizer_path: str = FINEWEB_TOKENIZER_PATH
+    data_path: str = FINEWEB["sp1024"]  # folder of *_train_*.bin and *_val_*.bin shards
+    tokenizer_path: str = FINEWEB_TOKENIZER["sp1024"]
     vocab_size: int = Field(1024, ge=2, le=65536)
+    loader: Literal["shuffled", "coprime", "documents"] = "shuffled"  # documents: packed, with borders between them
 
     # model
     num_layers: int = Field(9, gt=0)
@@ -88,11 +85,22 @@ class Settings(BaseModel):
     train_batch_tokens: int = Field(524_288, gt=0)  # a step, over all ranks
     micro_batch_tokens: int = Field(65_536, gt=0)  # a forward pass, on one rank
     train_seq_len: int = Field(1024, gt=0)
+    train_seq_schedule: str = ""  # "1024@0.1,2048@0.7": so long until this fraction of the budget; then TRAIN_SEQ_LEN
+    enable_looping_at: float = Field(0.35, ge=0, le=1)  # fraction of the budget from which layers are looped
     warmup_steps: int = Field(20, ge=0)  # untimed; weights and optimiser are restored after
     warmdown_frac: float = Field(0.08, ge=0, le=1)  # last part of the budget, in which the learning rate falls
-    min_lr_frac: float = Field(0.0, ge=0, le=1)
+    min_lr: float = Field(0.0, ge=0, le=1)  # floor of the falling learning rate, as a fraction of it
     grad_clip_norm: float = Field(0.0, ge=0)  # 0: none
     ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: none
+    swa_every: int = Field(0, ge=0)  # steps between the weights that are averaged; 0: none
+    swa_start_frac: float = Field(0.5, gt=0, le=1)  # they are taken once the learning rate is this fraction or less
+    qat: Literal["none", "ste", "soft_round"] = "none"  # training sees banks rounded to MATRIX_BITS
+    late_qat_threshold: float = Field(1.0, gt=0, le=1)  # as SWA_START_FRAC; 1: from the first step
+    byte_weighted_loss: bool = False  # a token's loss counts by its bytes of text
+    mtp_tokens: int = Field(0, ge=0)  # tokens after the next one that are predicted too
+    mtp_loss_weight: float = Field(0.2, ge=0)  # of each of them at the start; it falls to 0 at the end
+    abort_step: int = Field(0, ge=0)  # validate after this step; 0: not
+    abort_bpb: float = Field(0.0, ge=0)  # and end the run if it is worse than this; 0: never
 
     # optimiser
     matrix_lr: float = Field(0.04, ge=0)
@@ -109,7 +117,8 @@ class Settings(BaseModel):
     muon_renormalize: Literal["none", "row", "column", "row_column", "column_row"] = "none"  # Muon+
     muon_late_layer: int = Field(0, ge=0)  # Split-LR: from this layer on,
     muon_late_lr_mult: float = Field(1.0, ge=0)  # banks learn at so many times MATRIX_LR
-    adam_weight_decay: float = Field(0.0, ge=0)
+    embed_weight_decay: float = Field(0.0, ge=0)
+    adam_weight_decay: float = Field(0.0, ge=0)  # of the small parameters
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
@@ -127,6 +136,11 @@ class Settings(BaseModel):
     gptq_reserve_seconds: float = Field(8.0, ge=0)  # kept back from training for calibration
     budget_bytes: int = Field(16_000_000, gt=0)  # code + artifact
     artifact_bytes: int = Field(0, ge=0)  # steps are chosen to fill these; 0: the steps of *_clip_sigmas
+
+    # scoring
+    eval_seq_len: int = Field(0, ge=0)  # tokens of context at most; 0: TRAIN_SEQ_LEN
+    eval_stride: int = Field(0, ge=0)  # tokens scored by each further window; 0: EVAL_SEQ_LEN, without overlap
+    eval_documents: bool = False  # each document alone, from its beginning
 
     # logging and machine
     val_loss_every: int = Field(1000, ge=0)  # 0: only at the end
@@ -208,52 +222,63 @@ class Settings(BaseModel):
             f"VE_LAYERS={self.ve_layers!r}: must be different layers below NUM_LAYERS={layers}, like 1,2",
         )
 
+    @model_validator(mode="after")
+    def _schedules_agree(self) -> "Settings":
+        def need(holds: bool, message: str) -> None:
+            if not holds:
+                raise ValueError(message)
+
+        for _, length in self.train_seq_stages:
+            need(
+                length <= self.train_seq_len and (self.loader == "documents" or self.train_seq_len % length == 0),
+                f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: {length} must divide TRAIN_SEQ_LEN={self.train_seq_len}"
+                " (LOADER=documents takes any length up to it)",
+            )
+        for name, chosen in (("late_qat_threshold", self.qat != "none"), ("swa_start_frac", self.swa_every > 0)):
+            threshold = getattr(self, name)
+            need(
+                not chosen or threshold == 1 or (self.warmdown_frac > 0 and threshold >= self.min_lr),
+                f"{name.upper()}={threshold:g} is never reached: with WARMDOWN_FRAC={self.warmdown_frac:g} and "
+                f"MIN_LR={self.min_lr:g} the learning rate stays above it",
+            )
+        need(
+            not (self.ema_decay and self.swa_every),
+            f"EMA_DECAY={self.ema_decay:g} and SWA_EVERY={self.swa_every}: only one of the two can become the weights",
+        )
+        need(
+            self.abort_step > 0 or not self.abort_bpb,
+            f"ABORT_BPB={self.abort_bpb:g} needs ABORT_STEP, the step after which it is looked at",
+        )
+        context = self.eval_seq_len or self.train_seq_len
+        need(
+            self.eval_stride <= context,
+            f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={context}, or tokens would be left out",
+        )
+        return self
+
+    @property
+    def train_seq_stages(self) -> list[tuple[float, int]]:
+        """(fraction of the budget where it ends, sequence length) of each stage of training; the last ends at 1."""
+        stages: list[tuple[float, int]] = []
+        for stage in filter(None, self.train_seq_schedule.replace(" ", "").split(",")):
+            length, _, end = stage.partition("@")
+            try:
+                stages.append((float(end), int(length)))
+            except ValueError:
+                stages.append((math.nan, 0))
+            (before, _), (last, tokens) = stages[-2] if len(stages) > 1 else (0.0, 0), stages[-1]
+            if not (before < last <= 1 and tokens > 0):
+                raise ValueError(
+                    f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: {stage!r} must be LENGTH@FRACTION, each fraction "
+                    "of the budget larger than the one before and at most 1"
+                )
+        if not stages or stages[-1][0] < 1:
+            stages.append((1.0, self.train_seq_len))
+        return stages
+
     @property
     def run_folder(self) -> Path:
         return Path(self.out_dir) / self.run_id
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The challenge's naive baseline: 1.2244 bpb in 600 s on 8 H100 (13,780 steps).
-    "baseline": {},
-    # Small enough for two CPU cores, on text that every Python installation carries.
-    "demo": {
-        "data_path": DEMO_DATA_PATH,
-        "tokenizer_path": DEMO_TOKENIZER_PATH,
-        "num_layers": 3,
-        "model_dim": 256,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mlp_mult": 3.0,
-        "mlp_slope": 0.5,
-        "qk_gain_init": 4.0,
-        "max_wallclock_seconds": 130.0,
-        "gptq_reserve_seconds": 6.0,
-        "train_batch_tokens": 4096,
-        "micro_batch_tokens": 4096,
-        "train_seq_len": 256,
-        "warmup_steps": 1,
-        "warmdown_frac": 0.6,
-        "min_lr_frac": 0.05,
-        "grad_clip_norm": 1.0,
-        "ema_decay": 0.97,
-        "matrix_lr": 0.015,
-        "tied_embed_lr": 0.01,
-        "scalar_lr": 0.02,
-        "muon_momentum_warmup_steps": 100,
-        "muon_coefficients": "polar_express",
-        "muon_row_normalize": True,
-        "muon_weight_decay": 0.05,
-        "val_loss_every": 0,
-        "val_batch_size": 8192,
-        "train_log_every": 10,
-    },
-}
-
-
-def default_preset(cuda: bool) -> str:
-    """`baseline` where there is a GPU and FineWeb is at hand, else `demo`."""
-    return "baseline" if cuda and any(Path(FINEWEB_DATA_PATH).glob("*_train_*.bin")) else "demo"
 
 
 def load_settings(environ: Mapping[str, str] | None = None, preset: str | None = None, cuda: bool = False) -> Settings:

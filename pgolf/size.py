@@ -71,6 +71,11 @@ def projected_size(settings: Settings) -> dict[str, Any]:
         # a quantised row has a float16 scale
         bits = 16.0 * count if role in stored_float else CODER_EXCESS * bits_of[role] * count + 16.0 * count / shape[-1]
         size[role] = size.get(role, 0.0) + bits / 8
+    if settings.artifact_bytes:  # steps will be chosen to fill them
+        floats = sum(value for role, value in size.items() if role in stored_float)
+        coded = sum(size.values()) - floats
+        factor = (settings.artifact_bytes - MANIFEST_BYTES - floats) / coded
+        size = {role: value * (1.0 if role in stored_float else factor) for role, value in size.items()}
     by_role = {role: round(value) for role, value in size.items()}
     artifact = sum(by_role.values()) + MANIFEST_BYTES
     code = code_bytes()

@@ -232,9 +232,8 @@ class Clock:
 
 
 def lr_scale(settings: Settings, step: int, elapsed_seconds: float, limit_seconds: float) -> float:
-    """1, then a straight line to MIN_LR_FRAC over the last WARMDOWN_FRAC of the budget (steps or time)."""
+    """1, then over the last WARMDOWN_FRAC of the budget (steps or time) a straight line to 0, MIN_LR at least."""
     done = max(step / settings.iterations, elapsed_seconds / limit_seconds)
     if done <= 1.0 - settings.warmdown_frac:
         return 1.0
-    left = min(1.0, max(0.0, 1.0 - done) / settings.warmdown_frac)
-    return settings.min_lr_frac + (1.0 - settings.min_lr_frac) * left
+    return max((1.0 - done) / settings.warmdown_frac, settings.min_lr)

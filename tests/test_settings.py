@@ -42,6 +42,15 @@ def test_every_field_is_set_by_its_upper_case_name():
         ({"MLP_MULT": "0.501"}, ["MLP_MULT", "whole"]),
         ({"MAX_WALLCLOCK_SECONDS": "1"}, ["MAX_WALLCLOCK_SECONDS=1", "GPTQ_RESERVE_SECONDS"]),
         ({"RUN_ID": "../elsewhere"}, ["RUN_ID", "file name"]),
+        ({"TRAIN_SEQ_SCHEDULE": "128"}, ["TRAIN_SEQ_SCHEDULE=128", "LENGTH@FRACTION"]),
+        ({"TRAIN_SEQ_SCHEDULE": "128@0.5,64@0.4"}, ["'64@0.4'", "larger than the one before"]),
+        ({"TRAIN_SEQ_SCHEDULE": "100@0.5"}, ["100", "must divide TRAIN_SEQ_LEN=256", "LOADER=documents"]),
+        ({"TRAIN_SEQ_SCHEDULE": "512@0.5", "LOADER": "documents"}, ["512", "up to it"]),
+        ({"QAT": "ste", "LATE_QAT_THRESHOLD": "0.01"}, ["LATE_QAT_THRESHOLD=0.01", "never reached", "MIN_LR=0.05"]),
+        ({"QAT": "ste", "LATE_QAT_THRESHOLD": "0.5", "WARMDOWN_FRAC": "0"}, ["LATE_QAT_THRESHOLD", "WARMDOWN_FRAC=0"]),
+        ({"SWA_EVERY": "50"}, ["EMA_DECAY=0.97", "SWA_EVERY=50"]),
+        ({"ABORT_BPB": "3"}, ["ABORT_BPB=3", "ABORT_STEP"]),
+        ({"EVAL_STRIDE": "300"}, ["EVAL_STRIDE=300", "EVAL_SEQ_LEN=256"]),
     ],
 )
 def test_bad_values_and_near_names_are_one_line(environ, named):
@@ -51,6 +60,15 @@ def test_bad_values_and_near_names_are_one_line(environ, named):
     assert "\n" not in message
     for part in named:
         assert part in message
+
+
+def test_sequence_lengths_follow_their_schedule():
+    def stages(schedule, **environ):
+        return load_settings({"PRESET": "demo", "TRAIN_SEQ_SCHEDULE": schedule, **environ}).train_seq_stages
+
+    assert stages("") == [(1.0, 256)]
+    assert stages("64@0.1, 128@0.7") == [(0.1, 64), (0.7, 128), (1.0, 256)]
+    assert stages("100@0.1,200@0.7,250@1", LOADER="documents") == [(0.1, 100), (0.7, 200), (1.0, 250)]
 
 
 def test_unrelated_variables_are_left_alone():

@@ -222,9 +222,9 @@ def test_a_damaged_checkpoint_is_one_line(trainer, tmp_path):
 
 
 def test_learning_rate_falls_by_steps_or_by_time_whichever_ends_first():
-    settings = Settings(iterations=100, warmdown_frac=0.5, min_lr_frac=0.1)
+    settings = Settings(iterations=100, warmdown_frac=0.5, min_lr=0.1)
     assert lr_scale(settings, 0, 0.0, 60.0) == lr_scale(settings, 50, 30.0, 60.0) == 1.0
-    assert lr_scale(settings, 75, 0.0, 60.0) == lr_scale(settings, 0, 45.0, 60.0) == pytest.approx(0.55)
+    assert lr_scale(settings, 75, 0.0, 60.0) == lr_scale(settings, 0, 45.0, 60.0) == pytest.approx(0.5)
     assert lr_scale(settings, 100, 0.0, 60.0) == lr_scale(settings, 0, 61.0, 60.0) == pytest.approx(0.1)
     assert lr_scale(Settings(warmdown_frac=0.0), 19_999, 0.0, 1.0) == 1.0
 
