@@ -138,7 +138,7 @@ class Trainer:
     def take_step(self, scale: float) -> torch.Tensor:
         """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
         settings = self.settings
-        inputs, targets = (x.to(self.device, non_blocking=True) for x in self.loader.next_batch())
+        inputs, targets = (x.to(self.device, non_blocking=True) for x in self.loader.next_batch()[:2])
         total = torch.zeros((), device=self.device)
         for x, y in zip(inputs.split(self.micro_rows), targets.split(self.micro_rows), strict=True):
             loss = self.loss(x, y) * (len(x) / self.global_rows)
