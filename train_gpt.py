@@ -18,7 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 from pgolf.artifact import read_artifact, write_artifact
-from pgolf.attention import attention_backend
+from pgolf.attention import choose_attention
 from pgolf.data.loader import TokenLoader
 from pgolf.dataset import compressors_bpb, open_dataset
 from pgolf.distributed import Ranks, launch
@@ -57,14 +57,12 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     dtype = compute_dtype(settings.dtype, ranks.device)
     config = ModelConfig.of(settings)
     model = Model(config, dtype).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
+    model.attention = choose_attention(settings.attention, ranks.device, dtype, settings.train_seq_len)
     trainer = Trainer(model, loader, settings, ranks, run)
-    attention, precision = (
-        attention_backend(ranks.device.type, settings.train_seq_len),
-        str(dtype).removeprefix("torch."),
-    )
-    run.note(parameters=config.parameters(), attention=attention, compile=trainer.compiled, dtype=precision)
+    precision = str(dtype).removeprefix("torch.")
+    run.note(parameters=config.parameters(), attention=model.attention, compile=trainer.compiled, dtype=precision)
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
-    run.log(f"attention:{attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
+    run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
 
     def score(scored: Model) -> Score:
         return evaluate(
@@ -101,6 +99,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     if ranks.first:
         metadata = {
             "model": config.as_dict(),
+            "looping": model.looping,
             "train_seq_len": settings.train_seq_len,
             "tokenizer_sha256": data.tokenizer.sha256,
         }
@@ -122,7 +121,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log_score(trainer.step, float_score, trainer.used_seconds)
     with run.timed("evaluate"):
         artifact = read_artifact(artifact_path)
-        final = score(model_from_artifact(artifact, dtype, ranks.device))
+        final = score(model_from_artifact(artifact, dtype, ranks.device, model.attention))
     run.log(f"final_artifact_roundtrip_exact val_loss:{final.loss:.8f} val_bpb:{final.bpb:.8f}")
 
     # Where every byte of the budget went, and what other compressors make of the same text

@@ -85,6 +85,7 @@ def run_size(arguments: argparse.Namespace) -> int:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     from pgolf.artifact import read_artifact
+    from pgolf.attention import choose_attention
     from pgolf.data.tokenizer import Tokenizer
     from pgolf.dataset import validation_split
     from pgolf.distributed import launch
@@ -112,7 +113,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if type(seq_len) is not int or seq_len < 1:
         raise UserError(f"--seq-len {seq_len}: must be a whole number, at least 1")
     with launch() as ranks:
-        model = model_from_artifact(artifact, compute_dtype("auto", ranks.device), ranks.device)
+        dtype = compute_dtype("auto", ranks.device)
+        attention = choose_attention("auto", ranks.device, dtype, seq_len)
+        model = model_from_artifact(artifact, dtype, ranks.device, attention)
         score = evaluate(model, tokens, token_bytes, seq_len, saved.val_batch_size if saved else 65_536, ranks)
     result = {
         "artifact": str(path),

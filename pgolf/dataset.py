@@ -16,7 +16,8 @@ from pgolf.data.shards import find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.distributed import Ranks
 from pgolf.errors import DataError
-from pgolf.settings import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH, Settings
+from pgolf.presets import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH
+from pgolf.settings import Settings
 
 COMPRESSOR_TOKENS = 8_000_000  # what xz and brotli are given at most; enough for both to settle
 

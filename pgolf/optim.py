@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pgolf.distributed import Pending, Ranks
-from pgolf.model import Model
+from pgolf.model import Model, role_of
 from pgolf.muon import ALONE, Muon
 from pgolf.settings import Settings
 
@@ -132,10 +132,11 @@ def lr_multipliers(banks: Iterable[Tensor], settings: Settings) -> list[Tensor]:
 
 
 def make_optimisers(model: Model, settings: Settings, ranks: Ranks = ALONE, compiled: bool = False) -> Optimisers:
-    """Muon on the banks, AdamW on embedding and small parameters."""
+    """Muon on the banks, AdamW on embeddings and small parameters."""
     named = dict(model.named_parameters())
     banks = {name: p for name, p in named.items() if name.endswith("_bank")}
-    small = [p for name, p in named.items() if name != "embedding" and name not in banks]
+    embeddings = [p for name, p in named.items() if role_of(name) == "embedding"]
+    small = [p for name, p in named.items() if role_of(name) == "control"]
     muon = Muon(
         banks.values(),
         lr=settings.matrix_lr,
@@ -153,12 +154,11 @@ def make_optimisers(model: Model, settings: Settings, ranks: Ranks = ALONE, comp
     )
     adam = torch.optim.AdamW(
         [
-            {"params": [named["embedding"]], "lr": settings.tied_embed_lr},
-            {"params": small, "lr": settings.scalar_lr, "weight_decay": 0.0},
+            {"params": embeddings, "lr": settings.tied_embed_lr, "weight_decay": settings.embed_weight_decay},
+            {"params": small, "lr": settings.scalar_lr, "weight_decay": settings.adam_weight_decay},
         ],
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_eps,
-        weight_decay=settings.adam_weight_decay,
         fused=True,
     )
     return Optimisers(muon, adam, settings.grad_clip_norm)

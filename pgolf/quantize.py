@@ -14,7 +14,7 @@ from pgolf import ops, rate_budget
 from pgolf.artifact import Artifact, ByteCount, StoredTensor
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
-from pgolf.model import Model, ModelConfig, role_of
+from pgolf.model import LOOKED_UP, Model, ModelConfig, role_of
 from pgolf.rate_budget import Coded, Fit
 from pgolf.settings import Settings, validate
 
@@ -34,6 +34,9 @@ def collect_hessians(
         for name, bank in model.named_parameters()
         if role_of(name) != "control"
     }
+    for name in LOOKED_UP:
+        if name in hessians:  # all columns weigh the same
+            hessians[name].copy_(torch.eye(hessians[name].size(-1)))
     seen, first = torch.empty(0), ("", 0)  # the last input, and which matrix had it first: q, k and v share theirs
     owners: dict[tuple[str, int], tuple[str, int]] = {}  # (name, index) -> the matrix whose sum is also this one's
 
@@ -46,7 +49,7 @@ def collect_hessians(
 
     longest, before = 0.0, seconds_left()
     for tokens in batches:
-        model(tokens.to(device), observe)
+        model(tokens.to(device), observe=observe)
         left = seconds_left()
         longest, before = max(longest, before - left), left
         if ranks.any(left < longest):
@@ -66,7 +69,7 @@ def quantize(
     for name, parameter in model.named_parameters():
         weight, role = parameter.detach().float().cpu(), role_of(name)
         shape = tuple(weight.shape)
-        if role == "control":
+        if role == "control" or rate_budget.bits_of(name, settings) == 16:
             stored.append(StoredTensor(name, role, shape, weight.half(), None, 16))
             continue
         bits = rate_budget.bits_of(name, settings)
@@ -87,7 +90,8 @@ def quantize_to_size(
 
     `rises` are those of `rate_budget.measure_rises`.
     """
-    counts = {name: p.numel() for name, p in model.named_parameters() if name in hessians}
+    names = rate_budget.quantized_names(model, settings)
+    counts = {name: p.numel() for name, p in model.named_parameters() if name in names}
     last: dict[str, float] = {}
 
     def code(clips: dict[str, float]) -> Coded:
@@ -103,7 +107,7 @@ def quantize_to_size(
     return found
 
 
-def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Model:
+def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> Model:
     """Build the model that an artifact describes, with the artifact's weights and nothing else."""
     described = artifact.metadata.get("model")
     if not isinstance(described, dict) or described.keys() != {field.name for field in fields(ModelConfig)}:
@@ -118,7 +122,11 @@ def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.de
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise ArtifactError(f"artifact: {wrong[0]} is {found.get(wrong[0])}, the model needs {expected.get(wrong[0])}")
     model = Model(config, dtype)
+    model.attention = attention
+    model.looping = config.num_loops > 0 and artifact.metadata.get("looping", True) is True
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(artifact.tensors[name].dequantize(torch.float32))
+        if config.asym_logit_rescale:
+            model.caps_differ = bool((model.softcaps != config.logit_softcap).any())
     return model.to(device)

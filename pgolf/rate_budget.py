@@ -54,11 +54,23 @@ class Fit:
 
 
 def clip_of(name: str, settings: Settings) -> float:
-    return settings.embed_clip_sigmas if role_of(name) == "embedding" else settings.matrix_clip_sigmas
+    return clip_of_role(role_of(name), settings)
+
+
+def clip_of_role(role: str, settings: Settings) -> float:
+    if role == "embedding":
+        return settings.embed_clip_sigmas
+    return (settings.mlp_clip_sigmas if role == "mlp" else settings.attn_clip_sigmas) or settings.matrix_clip_sigmas
 
 
 def bits_of(name: str, settings: Settings) -> int:
     return settings.embed_bits if role_of(name) == "embedding" else settings.matrix_bits
+
+
+def quantized_names(model: Model, settings: Settings) -> list[str]:
+    """The parameters that QUANTIZER stores; the others are float16."""
+    names = [name for name, _ in model.named_parameters() if role_of(name) != "control"]
+    return [name for name in names if bits_of(name, settings) < 16]
 
 
 @torch.inference_mode()
@@ -75,9 +87,9 @@ def measure_rises(
         ranks.sum_(total)
         return (total[0] / total[1]).item()
 
-    base, rises = mean_loss(), {}
+    base, rises, names = mean_loss(), {}, quantized_names(model, settings)
     for name, parameter in model.named_parameters():
-        if name in hessians:
+        if name in names:
             kept = parameter.detach().clone()
             found = quantize_tensor(name, kept.float().cpu(), hessians, settings, PROBE * clip_of(name, settings))
             parameter.copy_(found.dequantize())

@@ -8,18 +8,14 @@ one line.
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pgolf.errors import UserError
-
-DEMO_DATA_PATH = "data/datasets/demo_sp1024"
-DEMO_TOKENIZER_PATH = "data/tokenizers/demo_1024_bpe.model"
-FINEWEB_DATA_PATH = "data/datasets/fineweb10B_sp1024"
-FINEWEB_TOKENIZER_PATH = "data/tokenizers/fineweb_1024_bpe.model"
+from pgolf.presets import FINEWEB, FINEWEB_TOKENIZER, PRESETS, default_preset
 
 
 class Settings(BaseModel):
@@ -33,8 +29,8 @@ class Settings(BaseModel):
     resume: str = ""  # the folder of an interrupted run
 
     # data
-    data_path: str = FINEWEB_DATA_PATH  # folder of *_train_*.bin and *_val_*.bin shards
-    tokenizer_path: str = FINEWEB_TOKENIZER_PATH
+    data_path: str = FINEWEB["sp1024"]  # folder of *_train_*.bin and *_val_*.bin shards
+    tokenizer_path: str = FINEWEB_TOKENIZER["sp1024"]
     vocab_size: int = Field(1024, ge=2, le=65536)
     loader: Literal["shuffled", "coprime", "documents"] = "shuffled"  # documents: packed, with borders between them
 
@@ -45,9 +41,40 @@ class Settings(BaseModel):
     num_kv_heads: int = Field(4, gt=0)
     mlp_mult: float = Field(2.0, gt=0)  # hidden width over model width
     mlp_slope: float = Field(0.0, ge=0, le=1)  # leaky_relu(z, slope)^2; 0 is relu^2
+    # attention
     rope_base: float = Field(10_000.0, gt=1)
+    rope_dims: int = Field(0, ge=0)  # of a head, that are rotated; 0: all
+    rope_scaling: Literal["none", "ntk", "yarn"] = "none"  # for documents longer than
+    rope_train_seq_len: int = Field(1024, gt=0)  # this
     qk_gain_init: float = Field(1.5, gt=0)
+    xsa_last_n: int = Field(0, ge=0)  # layers with exclusive self-attention
+    attn_out_gate_enabled: bool = False  # 2 sigmoid(W x[:GATE_WINDOW]) a head
+    attn_out_gate_src: Literal["proj", "q"] = "proj"  # x: the layer's input, or the query
+    sparse_attn_gate_enabled: bool = False  # sigmoid(scale W x[:GATE_WINDOW]) a head
+    sparse_attn_gate_scale: float = Field(1.0, gt=0)
+    gate_window: int = Field(12, gt=0)  # channels that attention's gate and SmearGate read
+
+    # residual stream
+    ln_scale: bool = False  # layer l's norms times 1 / sqrt(l + 1)
+    unet_skips: bool = True
+    skip_gates_enabled: bool = False
+    num_loops: int = Field(0, ge=0)  # depth recurrence: so many more passes over the layers
+    loop_start: int = Field(0, ge=0)  # from this one
+    loop_end: int = Field(0, ge=0)  # to this one
+    parallel_residual_start: int = Field(-1, ge=-1)  # attention and MLP side by side from this layer on; -1: none
+    parallel_start_layer: int = Field(0, ge=0)  # two lanes from this layer on; 0: none
+    parallel_final_lane: Literal["mean", "attn", "mlp"] = "mean"
+
+    # embeddings and logits
+    smear_gate_enabled: bool = False
+    smear_gate_bos_fix: bool = True  # BOS_ID takes in nothing of the token before it
+    bos_id: int = Field(1, ge=0)
+    bigram_vocab_size: int = Field(0, ge=0)  # buckets; 0: none
+    bigram_dim: int = Field(128, gt=0)
+    ve_layers: str = ""  # with value embeddings, like "9,10"
+    ve_dim: int = Field(128, gt=0)
     logit_softcap: float = Field(30.0, gt=0)
+    asym_logit_rescale: bool = False  # a cap for each sign, for test-time training
     tied_embed_init_std: float = Field(0.005, gt=0)
 
     # training
@@ -90,7 +117,8 @@ class Settings(BaseModel):
     muon_renormalize: Literal["none", "row", "column", "row_column", "column_row"] = "none"  # Muon+
     muon_late_layer: int = Field(0, ge=0)  # Split-LR: from this layer on,
     muon_late_lr_mult: float = Field(1.0, ge=0)  # banks learn at so many times MATRIX_LR
-    adam_weight_decay: float = Field(0.0, ge=0)
+    embed_weight_decay: float = Field(0.0, ge=0)
+    adam_weight_decay: float = Field(0.0, ge=0)  # of the small parameters
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
@@ -98,8 +126,10 @@ class Settings(BaseModel):
     # quantisation and artifact
     quantizer: Literal["rtn", "gptq", "gptq_cd", "trellis"] = "trellis"
     matrix_bits: int = Field(6, ge=2, le=8)
-    embed_bits: int = Field(8, ge=2, le=8)
+    embed_bits: int = Field(8, ge=2, le=16)  # 2 to 8; 16: float16, as it is
     matrix_clip_sigmas: float = Field(12.85, gt=0)
+    attn_clip_sigmas: float = Field(0.0, ge=0)  # 0: MATRIX_CLIP_SIGMAS
+    mlp_clip_sigmas: float = Field(0.0, ge=0)  # 0: MATRIX_CLIP_SIGMAS
     embed_clip_sigmas: float = Field(20.0, gt=0)
     gptq_damping: float = Field(0.01, gt=0)
     gptq_calibration_batches: int = Field(16, gt=0)  # of train_batch_tokens
@@ -118,6 +148,7 @@ class Settings(BaseModel):
     train_log_every: int = Field(200, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    attention: Literal["auto", "flash3", "flash4", "varlen", "sdpa", "plain"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on where there is a GPU
     process_timeout_seconds: float = Field(300.0, gt=0)  # for an answer of another process; longer than it compiles
 
@@ -134,8 +165,14 @@ class Settings(BaseModel):
             self.num_heads % self.num_kv_heads == 0,
             f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}",
         )
+        need(
+            self.rope_dims % 2 == 0 and self.rope_dims <= head_dim,
+            f"ROPE_DIMS={self.rope_dims} must be even and at most MODEL_DIM / NUM_HEADS = {head_dim}",
+        )
+        self._model_parts_agree(need)
         hidden = self.mlp_mult * self.model_dim
         need(hidden == int(hidden), f"MLP_MULT={self.mlp_mult:g} x MODEL_DIM={self.model_dim} must be a whole number")
+        need(self.embed_bits <= 8 or self.embed_bits == 16, f"EMBED_BITS={self.embed_bits}: must be 2 to 8, or 16")
         for name in ("train_batch_tokens", "micro_batch_tokens"):
             value = getattr(self, name)
             need(
@@ -152,6 +189,38 @@ class Settings(BaseModel):
             f"RUN_ID={self.run_id!r} must be a plain file name",
         )
         return self
+
+    def _model_parts_agree(self, need: Callable[[bool, str], None]) -> None:
+        layers = self.num_layers
+        if self.num_loops:
+            need(
+                self.loop_start <= self.loop_end < layers,
+                f"LOOP_START={self.loop_start}, LOOP_END={self.loop_end}: must be 0 to {layers - 1}, in order",
+            )
+            virtual = layers + self.num_loops * (self.loop_end - self.loop_start + 1)
+            need(virtual <= 1000, f"NUM_LOOPS={self.num_loops}: {virtual} layers would run, 1000 may")
+        need(
+            not (self.parallel_start_layer and self.parallel_residual_start >= 0),
+            f"PARALLEL_START_LAYER={self.parallel_start_layer} and "
+            f"PARALLEL_RESIDUAL_START={self.parallel_residual_start}: only one form of parallel residuals at once",
+        )
+        first = max(layers // 2, self.loop_end + 1 if self.num_loops else 0)
+        need(
+            not self.parallel_start_layer or first <= self.parallel_start_layer < layers,
+            f"PARALLEL_START_LAYER={self.parallel_start_layer}: must be 0 or {first} to {layers - 1}, "
+            "in the second half and after the loop",
+        )
+        need(
+            not (self.attn_out_gate_enabled and self.sparse_attn_gate_enabled),
+            "ATTN_OUT_GATE_ENABLED=1 and SPARSE_ATTN_GATE_ENABLED=1: attention has one gate at most",
+        )
+        need(self.gate_window <= self.model_dim, f"GATE_WINDOW={self.gate_window} is more than MODEL_DIM")
+        need(self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: must be 0 or at least 2")
+        names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
+        need(
+            all(name.isdecimal() and int(name) < layers for name in names) and len({*names}) == len(names),
+            f"VE_LAYERS={self.ve_layers!r}: must be different layers below NUM_LAYERS={layers}, like 1,2",
+        )
 
     @model_validator(mode="after")
     def _schedules_agree(self) -> "Settings":
@@ -210,49 +279,6 @@ class Settings(BaseModel):
     @property
     def run_folder(self) -> Path:
         return Path(self.out_dir) / self.run_id
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The challenge's naive baseline: 1.2244 bpb in 600 s on 8 H100 (13,780 steps).
-    "baseline": {},
-    # Small enough for two CPU cores, on text that every Python installation carries.
-    "demo": {
-        "data_path": DEMO_DATA_PATH,
-        "tokenizer_path": DEMO_TOKENIZER_PATH,
-        "num_layers": 3,
-        "model_dim": 256,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mlp_mult": 3.0,
-        "mlp_slope": 0.5,
-        "qk_gain_init": 4.0,
-        "max_wallclock_seconds": 130.0,
-        "gptq_reserve_seconds": 6.0,
-        "train_batch_tokens": 4096,
-        "micro_batch_tokens": 4096,
-        "train_seq_len": 256,
-        "warmup_steps": 1,
-        "warmdown_frac": 0.6,
-        "min_lr": 0.05,
-        "grad_clip_norm": 1.0,
-        "ema_decay": 0.97,
-        "matrix_lr": 0.015,
-        "tied_embed_lr": 0.01,
-        "scalar_lr": 0.02,
-        "muon_momentum_warmup_steps": 100,
-        "muon_coefficients": "polar_express",
-        "muon_row_normalize": True,
-        "muon_weight_decay": 0.05,
-        "val_loss_every": 0,
-        "val_batch_size": 8192,
-        "train_log_every": 10,
-    },
-}
-
-
-def default_preset(cuda: bool) -> str:
-    """`baseline` where there is a GPU and FineWeb is at hand, else `demo`."""
-    return "baseline" if cuda and any(Path(FINEWEB_DATA_PATH).glob("*_train_*.bin")) else "demo"
 
 
 def load_settings(environ: Mapping[str, str] | None = None, preset: str | None = None, cuda: bool = False) -> Settings:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pgolf
 from pgolf.model import ModelConfig, role_of
+from pgolf.rate_budget import clip_of_role
 from pgolf.settings import Settings
 
 # Brotli's and zstandard's excess over the order-0 entropy of int6 weights, as measured on trained ones (1.014).
@@ -56,19 +57,25 @@ def entropy_bits(bits: int, clip_sigmas: float) -> float:
 def projected_size(settings: Settings) -> dict[str, Any]:
     """Parameters and projected bytes by role, without training; weights are taken for Gaussian rows, and nearly are."""
     config = ModelConfig.of(settings)
-    bits_of = {
-        "embedding": entropy_bits(settings.embed_bits, settings.embed_clip_sigmas),
-        "attention": entropy_bits(settings.matrix_bits, settings.matrix_clip_sigmas),
-        "mlp": entropy_bits(settings.matrix_bits, settings.matrix_clip_sigmas),
-    }
+    bits_of = {role: entropy_bits(settings.matrix_bits, clip_of_role(role, settings)) for role in ("attention", "mlp")}
+    stored_float = {"control"}  # float16
+    if settings.embed_bits == 16:
+        stored_float.add("embedding")
+    else:
+        bits_of["embedding"] = entropy_bits(settings.embed_bits, settings.embed_clip_sigmas)
     parameters: dict[str, int] = {}
     size: dict[str, float] = {}
     for name, shape in config.shapes().items():
         role, count = role_of(name), math.prod(shape)
         parameters[role] = parameters.get(role, 0) + count
-        # small parameters are float16; a quantised row has a float16 scale
-        bits = 16.0 * count if role == "control" else CODER_EXCESS * bits_of[role] * count + 16.0 * count / shape[-1]
+        # a quantised row has a float16 scale
+        bits = 16.0 * count if role in stored_float else CODER_EXCESS * bits_of[role] * count + 16.0 * count / shape[-1]
         size[role] = size.get(role, 0.0) + bits / 8
+    if settings.artifact_bytes:  # steps will be chosen to fill them
+        floats = sum(value for role, value in size.items() if role in stored_float)
+        coded = sum(size.values()) - floats
+        factor = (settings.artifact_bytes - MANIFEST_BYTES - floats) / coded
+        size = {role: value * (1.0 if role in stored_float else factor) for role, value in size.items()}
     by_role = {role: round(value) for role, value in size.items()}
     artifact = sum(by_role.values()) + MANIFEST_BYTES
     code = code_bytes()

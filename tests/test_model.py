@@ -104,7 +104,7 @@ def test_observer_sees_the_input_of_every_matrix_and_changes_nothing():
     model = random_model()
     tokens = torch.randint(64, (2, 6))
     seen: dict[tuple[str, int], torch.Tensor] = {}
-    logits = model(tokens, lambda name, index, x: seen.__setitem__((name, index), x.detach()))
+    logits = model(tokens, observe=lambda name, index, x: seen.__setitem__((name, index), x.detach()))
     assert torch.equal(logits, model(tokens))
     banks = {name: p for name, p in model.named_parameters() if name.endswith("_bank")}
     assert seen.keys() == {(n, i) for n, bank in banks.items() for i in range(len(bank))} | {("embedding", 0)}

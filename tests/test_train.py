@@ -240,7 +240,7 @@ def test_hessians_are_the_second_moments_of_the_inputs(trainer):
             flat = x.detach().reshape(-1, x.size(-1))
             expected[name][index] += flat.T @ flat
 
-        model(tokens, add)
+        model(tokens, observe=add)
     assert hessians.keys() == {"embedding", "qo_bank", "kv_bank", "up_bank", "down_bank"}
     for name, hessian in hessians.items():
         torch.testing.assert_close(hessian, expected[name], rtol=1e-4, atol=1e-3)
