@@ -103,7 +103,7 @@ def run_import(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.checkpoint}: no such file")
     settings = load_settings({**os.environ, "PRESET": arguments.preset} if arguments.preset else None)
     tokenizer = Tokenizer(arguments.tokenizer_path or settings.tokenizer_path)
-    metadata = {"train_seq_len": settings.train_seq_len, "tokenizer_sha256": tokenizer.sha256}
+    metadata = {"scoring": settings.scoring, "tokenizer_sha256": tokenizer.sha256}
     config = ModelConfig.of(settings)
     total = import_checkpoint(arguments.checkpoint, arguments.output, config, metadata)
     print(f"{arguments.output}: {config.parameters():,} parameters in float32, {total:,} bytes")
