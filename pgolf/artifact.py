@@ -53,7 +53,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -144,10 +144,12 @@ def write_artifact(
     metadata: dict[str, Any],
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     threads: int | None = None,
+    codecs: Sequence[str] = tuple(streams.CODECS),
 ) -> ByteCount:
     """Write `tensors` and `metadata` (a JSON object) to `path`, whole or not at all; equal input makes equal bytes.
 
-    `threads` streams are compressed at a time, by default as many as there are cores. A ValueError says what cannot be
+    `threads` streams are compressed at a time, by default as many as there are cores, each by whichever of `codecs`
+    makes it smallest. A ValueError says what cannot be
     stored: NaN, infinity, a value beyond its bits, a wrong dtype or shape, a name used twice, more than `limit_bytes`
     to decode.
     """
@@ -160,7 +162,7 @@ def write_artifact(
     parts = [part for tensor in tensors for part in _parts(tensor)]
     largest_first = sorted(range(len(parts)), key=lambda index: -parts[index][0].numel())
     with ThreadPoolExecutor(threads or _cores()) as pool:
-        work = {index: pool.submit(streams.encode, *parts[index]) for index in largest_first}
+        work = {index: pool.submit(streams.encode, *parts[index], codecs) for index in largest_first}
         encoded = [work[index].result() for index in range(len(parts))]
     members = []
     remaining = iter(encoded)

@@ -42,6 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     size.add_argument("--json", action="store_true")
     size.set_defaults(run=run_size)
 
+    importing = commands.add_parser(
+        "import-checkpoint", help="turn an entry's final_model.pt into an artifact that `pgolf eval` scores"
+    )
+    importing.add_argument("checkpoint", help="state dict saved by the entry's script; read as data, never run")
+    importing.add_argument("--preset", help="the entry's preset; environment variables change its settings as in a run")
+    importing.add_argument("--output", default="model.pgolf", help="artifact to write (default: %(default)s)")
+    importing.add_argument("--tokenizer-path", help="SentencePiece model (default: the preset's)")
+    importing.set_defaults(run=run_import)
+
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -81,6 +90,23 @@ def run_size(arguments: argparse.Namespace) -> int:
     left = result["budget_bytes"] - result["projected_total_bytes"]
     print(f"{'left':12}{'':>14}{left:>14,}{left / result['budget_bytes']:>9.2%}")
     print(f"of {result['budget_bytes']:,} bytes: {'fits' if result['fits_budget'] else 'DOES NOT FIT'} (projected)")
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    from pgolf.data.tokenizer import Tokenizer
+    from pgolf.import_checkpoint import import_checkpoint
+    from pgolf.model import ModelConfig
+    from pgolf.settings import load_settings
+
+    if not Path(arguments.checkpoint).is_file():
+        raise UserError(f"{arguments.checkpoint}: no such file")
+    settings = load_settings({**os.environ, "PRESET": arguments.preset} if arguments.preset else None)
+    tokenizer = Tokenizer(arguments.tokenizer_path or settings.tokenizer_path)
+    metadata = {"train_seq_len": settings.train_seq_len, "tokenizer_sha256": tokenizer.sha256}
+    config = ModelConfig.of(settings)
+    total = import_checkpoint(arguments.checkpoint, arguments.output, config, metadata)
+    print(f"{arguments.output}: {config.parameters():,} parameters in float32, {total:,} bytes")
     return 0
 
 

@@ -17,7 +17,7 @@ Errors: what does not decode to exactly `count` values is a ValueError, found wi
 and one copy of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import brotli
@@ -115,9 +115,9 @@ class Encoded:
     data: bytes
 
 
-def encode(values: Tensor, bits: int) -> Encoded:
+def encode(values: Tensor, bits: int, codecs: Sequence[str] = tuple(CODECS)) -> Encoded:
     """The smallest encoding of `values` (1-D, `dtype_of(bits)`, on the CPU); the same one for the same values."""
-    pairs = [(codec, layout) for layout in layouts_of(bits) for codec in CODECS]
+    pairs = [(codec, layout) for layout in layouts_of(bits) for codec in codecs]
     if not values.numel():
         pairs = [("stored", "plain")]
     elif values.numel() > SAMPLE_VALUES:

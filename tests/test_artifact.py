@@ -210,7 +210,7 @@ def test_the_smallest_encoding_is_kept(bits, spread):
 def test_every_codec_and_layout_is_read_by_all(tmp_path, monkeypatch, codec, place):
     """Also the pairs that `encode` would not choose for these values."""
 
-    def encode(values, bits):
+    def encode(values, bits, codecs):
         return streams._encode_as(values, bits, codec, streams.layouts_of(bits)[place])
 
     monkeypatch.setattr(streams, "encode", encode)

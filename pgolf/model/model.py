@@ -67,6 +67,7 @@ class Model(nn.Module):
         self.config, self.dtype = config, dtype
         self.attention = "auto"  # a backend of pgolf.attention
         self.looping = config.num_loops > 0  # depth recurrence; a trainer may switch it on late
+        self.visits = {looping: config.visits(looping) for looping in (False, True)}
         self.caps_differ = False  # see softcap.py
         self.fake_quantize: Callable[[str, Tensor], Tensor] | None = None  # of (name, bank), once a forward pass
         for name, shape in config.shapes().items():
@@ -156,7 +157,7 @@ class Model(nn.Module):
         x0 = x
         lane: Tensor | None = None  # the second one, that the MLPs read
         stored: list[Tensor] = []
-        for visit in config.visits(self.looping):
+        for visit in self.visits[self.looping]:
             layer = layers[visit.layer]
             if lane is None and config.two_lanes(visit):
                 lane = x

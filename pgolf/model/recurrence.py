@@ -5,7 +5,6 @@ LOOP_END=5: 0 1 2 | 3 4 5 | 3 4 5 | 3 4 5 | 6 7 8 9 10. The skips' two halves ar
 there are more of them; while looping is off the first ones are used.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 
@@ -24,7 +23,6 @@ def layer_sequence(layers: int, loops: int, start: int, end: int) -> list[int]:
     return [*range(start if loops else 0), *span * (loops + 1), *range(end + 1 if loops else 0, layers)]
 
 
-@cache
 def visits(layers: int, loops: int, start: int, end: int, skips: bool) -> tuple[Visit, ...]:
     sequence = layer_sequence(layers, loops, start, end)
     half = len(sequence) // 2
