@@ -104,6 +104,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
             with run.timed("pack"):
                 write_artifact(artifact_path, tensors, metadata)
     ranks.wait()
+    ranks.agree_file(artifact_path)
 
     # Score the weights as trained, then the file alone
     with run.timed("evaluate_float"):
