@@ -16,6 +16,7 @@ from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
 from pgolf.data.documents import DocumentLoader
 from pgolf.data.loader import TokenLoader
+from pgolf.data.prefetch import Prefetcher
 from pgolf.data.shards import write_shard
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
@@ -77,13 +78,13 @@ def trainer(tmp_path):
     documents = [tmp_path / "documents_train_000000.bin"]
     write_shard(documents[0], np.arange(2000) % 10 + 1)
 
-    def make(**environ) -> Trainer:
+    def make(device=CPU, **environ) -> Trainer:
         settings = load_settings({**TINY, **environ})
         loader = TokenLoader(shards, settings.train_seq_len, settings.train_batch_tokens, 1, vocab_size=64)
         if settings.loader == "documents":
             loader = DocumentLoader(documents, settings.bos_id, settings.train_batch_tokens, 1, vocab_size=64)
         model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(1))
-        return Trainer(model, loader, settings, ALONE, SilentRun(tmp_path))
+        return Trainer(model.to(device), Prefetcher(loader, device), settings, Ranks(0, 1, device), SilentRun(tmp_path))
 
     return make
 
@@ -355,6 +356,23 @@ def test_the_host_waits_only_for_what_lies_steps_back(trainer, monkeypatch):
     assert min([*during, last]) >= 2
     steps = [int(line.split("/")[0].removeprefix("step:")) for line in t.run.lines if line.startswith("step:")]
     assert steps == [*range(1, 11), *range(14, 60, 7)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_waited_for_at_no_step_and_nothing_is_compiled_after_warm_up(trainer, monkeypatch):
+    settings = {**STAGES, "ITERATIONS": "40", "MODEL_DIM": "64", "DTYPE": "bfloat16", "TRAIN_LOG_EVERY": "5"}
+    t = trainer(torch.device("cuda", torch.cuda.current_device()), **settings)
+    assert t.compiled
+    t.warm_up()
+    monkeypatch.setattr(t, "save", lambda: None)  # it copies to the host
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        t.train(no_score)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert t.step == 40
+    assert t.run.noted["recompilations"] == 0
 
 
 def test_hessians_are_the_second_moments_of_the_inputs(trainer):
