@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pgolf.distributed import Ranks
 from pgolf.model import Model
-from pgolf.model.softcap import asymmetric_softcap
 from pgolf.progress import progress
 from pgolf.windows import ScoringBatches
 
@@ -80,10 +79,6 @@ def log_probs(
         with torch.inference_mode():
             inputs, targets, borders, longest = batch.to(device)
             places = scored.to(device)
-            logits = model(inputs, borders, longest).flatten(0, 1)[places].float()
-            if model.caps_differ:
-                capped = asymmetric_softcap(logits, model.softcaps)
-            else:
-                capped = model.config.logit_softcap * torch.tanh(logits / model.config.logit_softcap)
-            found = targets.flatten()[places], capped.log_softmax(-1)
+            logits = model(inputs, borders, longest).flatten(0, 1)[places]
+            found = targets.flatten()[places], model.capped(logits).log_softmax(-1)
         yield found
