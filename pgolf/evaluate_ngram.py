@@ -27,10 +27,11 @@ LEAST_MEMORY = 1 << 23
 
 def evaluate_ngram(model: Model, data: Dataset, settings: Settings, ranks: Ranks) -> tuple[Score, Score]:
     """(the model's score, the score with the cache) of the validation split."""
-    tokens, most = data.val_tokens, max(settings.val_batch_size, settings.train_seq_len)
+    tokens, how = data.val_tokens, settings.scoring
+    most = max(settings.val_batch_size, how["seq_len"])
 
     def losses(others: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        return target_losses(model, tokens, settings.train_seq_len, settings.val_batch_size, ranks, others)
+        return target_losses(model, tokens, batch_tokens=settings.val_batch_size, ranks=ranks, others=others, **how)
 
     targets = tokens[1:].numpy()
     if settings.ngram == "tilt":

@@ -48,14 +48,15 @@ def contenders(operation: str, *names: str) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def take(path: Path, names: list[str], given: dict[str, Any]) -> SimpleNamespace:
+def take(path: Path, names: list[str], given: dict[str, Any], text: str | None = None) -> SimpleNamespace:
     """What is defined under `names` at the top of a script, without running the rest of it.
 
     Functions, classes and values of simple assignments, with what the script registers on them there
     (`@name.register_fake`, `name.register_autograd(...)`). `given` are the globals that they need. They keep their file
     and line numbers, from which Triton reads its kernels, and live in a module of their own, for torch.compile.
+    `text` stands in for the script's.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    tree = ast.parse(path.read_text(encoding="utf-8") if text is None else text, filename=str(path))
     defined = {name for node in tree.body for name in _defines(node)}
     missing = sorted(set(names) - defined)
     if missing:
