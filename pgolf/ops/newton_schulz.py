@@ -310,15 +310,13 @@ def iterate(
         begin += length
         short_first = x.mT if tall else x
         gram = symmetric_product(short_first, short_first)
-        if length == 1 and wide_bits:
-            z = _matrix_of(steps[0], gram, symmetric_product, apart=0.0)
-            x = product(x, z) if tall else product(z, x)
-            continue
-        if length == 1:
-            apart, rest = steps[0][0], _matrix_of(steps[0], gram, symmetric_product, apart=steps[0][0])
+        if length == 2:
+            apart, z = _pair_of((steps[0], steps[1]), gram, symmetric_product)
         else:
-            apart, rest = _pair_of((steps[0], steps[1]), gram, symmetric_product)
-        x = torch.baddbmm(x, *((x, rest) if tall else (rest, x)), beta=apart)
+            apart = 0.0 if wide_bits else steps[0][0]
+            z = _matrix_of(steps[0], gram, symmetric_product, apart)
+        factors = (x, z) if tall else (z, x)
+        x = torch.baddbmm(x, *factors, beta=apart) if apart else product(*factors)
     return x
 
 
