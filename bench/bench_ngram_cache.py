@@ -49,6 +49,11 @@ def stream() -> tuple[np.ndarray, int, str]:
     return found if not QUICK else (found[0][:LEAST], *found[1:])
 
 
+def new_cache(stream, mixing: str) -> NgramCache:
+    tokens, vocab_size, _ = stream
+    return NgramCache(vocab_size, mixing=mixing, memory_bytes=64 * len(tokens))
+
+
 def shape(stream) -> str:
     return f"{len(stream[0]) / 1e6:.2f} M tokens ({stream[2]})"
 
@@ -64,7 +69,7 @@ def test_score(measure, stream, mixing):
         dtype="float64",
         backend="native, 1 thread",
         make=lambda: (tokens, base),
-        call=lambda tokens, base: torch.from_numpy(NgramCache(vocab_size, mixing=mixing).score(tokens, base)),
+        call=lambda tokens, base: torch.from_numpy(new_cache(stream, mixing).score(tokens, base)),
         peers=contenders("ngram_cache", "pr_1159") if mixing == "adaptive" else {},
         tolerance=None,
         work=Work(bytes=18 * len(tokens), tokens=len(tokens)),
@@ -72,7 +77,7 @@ def test_score(measure, stream, mixing):
 
 
 def test_hints(measure, stream):
-    tokens, vocab_size, _ = stream
+    tokens = stream[0]
     measure(
         "NgramCache.hints",
         "order 16",
@@ -80,7 +85,7 @@ def test_hints(measure, stream):
         dtype="uint16",
         backend="native, 1 thread",
         make=lambda: (tokens,),
-        call=lambda tokens: torch.from_numpy(NgramCache(vocab_size, mixing="tilt").hints(tokens)[1]),
+        call=lambda tokens: torch.from_numpy(new_cache(stream, "tilt").hints(tokens)[1]),
         peers=contenders("ngram_hints", "pr_1145"),
         tolerance=None,
         work=Work(bytes=5 * len(tokens), tokens=len(tokens)),

@@ -38,9 +38,9 @@ def random_base(rng, count):
 
 def repetitive(rng, count, vocab_size):
     """Random phrases that come back, with some noise."""
-    phrases = [rng.integers(vocab_size, size=rng.integers(2, 30)) for _ in range(8)]
+    phrases = [rng.integers(vocab_size, size=rng.integers(5, 30)) for _ in range(8)]
     parts = [
-        phrases[rng.integers(8)] if rng.random() < 0.8 else rng.integers(vocab_size, size=3) for _ in range(count // 5)
+        phrases[rng.integers(8)] if rng.random() < 0.8 else rng.integers(vocab_size, size=3) for _ in range(count // 3)
     ]
     return np.concatenate(parts)[:count]
 
