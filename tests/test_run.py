@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 
 from pgolf.artifact import read_artifact
-from pgolf.data.tokenizer import train_tokenizer
+from pgolf.data.tokenizer import Tokenizer, train_tokenizer
+from pgolf.dataset import validation_split
 from pgolf.distributed import Ranks
+from pgolf.evaluate import evaluate
+from pgolf.quantize import model_from_artifact
 from pgolf.run import SUMMARY_FIELDS, Interrupted, Run
 from pgolf.settings import load_settings
 
@@ -134,8 +137,11 @@ def test_a_stranger_gets_the_same_score(finished):
     assert json.loads(result.stdout)["val_bpb"] == pytest.approx(summary_of(folder)["val_bpb_quantized"], abs=2e-3)
 
 
-def test_two_machines_give_the_score_of_one_process(finished, tmp_path, tiny_environ):
-    """`torchrun --nnodes=2`: two agents on this machine, which share no folder but the data's."""
+@pytest.fixture(scope="module")
+def two_machines(tmp_path_factory, tiny_environ):
+    """The folders of one run by `torchrun --nnodes=2`, the first rank's first: two agents on this machine, which share
+    no folder but the data's."""
+    tmp_path = tmp_path_factory.mktemp("machines")
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # for a free port
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{server.port}"]
     options += ["--rdzv_conf=is_host=0", "--local_addr=127.0.0.1"]
@@ -146,7 +152,7 @@ def test_two_machines_give_the_score_of_one_process(finished, tmp_path, tiny_env
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT)],
-                env={**os.environ, "PYTHONPATH": str(ROOT), **tiny_environ, "RUN_ID": "two"},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **tiny_environ, "RUN_ID": "two", "EVAL_STRIDE": "32"},
                 cwd=node,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -159,7 +165,11 @@ def test_two_machines_give_the_score_of_one_process(finished, tmp_path, tiny_env
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    first, other = sorted((node / "runs" / "two" for node in nodes), key=lambda f: len(list(f.iterdir())), reverse=True)
+    return sorted((node / "runs" / "two" for node in nodes), key=lambda f: len(list(f.iterdir())), reverse=True)
+
+
+def test_two_machines_give_the_score_of_one_process(finished, two_machines):
+    first, other = two_machines
     assert [path.name for path in other.iterdir()] == ["model.pgolf"]  # sent to be scored
     assert (other / "model.pgolf").read_bytes() == (first / "model.pgolf").read_bytes()
     one, two = summary_of(finished[0]), summary_of(first)
@@ -167,6 +177,19 @@ def test_two_machines_give_the_score_of_one_process(finished, tmp_path, tiny_env
     for name in ("val_bpb_float", "val_bpb_quantized", "val_bpb_ngram"):
         assert two[name] == pytest.approx(one[name], abs=1e-3)
     assert (two["val_tokens"], two["val_bytes"]) == (one["val_tokens"], one["val_bytes"])
+
+
+def test_two_processes_score_an_artifact_as_one_does(two_machines, tiny_environ):
+    artifact = read_artifact(two_machines[0] / "model.pgolf")
+    tokenizer = Tokenizer(tiny_environ["TOKENIZER_PATH"])
+    split = validation_split(tiny_environ["DATA_PATH"], tokenizer)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as there; the order of sums in a matrix product depends on it
+    cpu = torch.device("cpu")
+    model = model_from_artifact(artifact, torch.float32, cpu)
+    score = evaluate(model, *split, batch_tokens=256, ranks=Ranks(0, 1, cpu), **artifact.metadata["scoring"])
+    torch.set_num_threads(threads)
+    assert score.bpb == pytest.approx(summary_of(two_machines[0])["val_bpb_quantized"], abs=1e-9)
 
 
 def test_a_run_that_begins_badly_ends_with_a_line_and_a_summary(tmp_path, tiny_environ, monkeypatch, capsys):
