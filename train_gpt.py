@@ -18,12 +18,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 from pgolf.artifact import read_artifact, write_artifact
-from pgolf.attention import attention_backend
-from pgolf.data.loader import TokenLoader
-from pgolf.dataset import compressors_bpb, open_dataset
+from pgolf.attention import choose_attention
+from pgolf.dataset import compressors_bpb, open_dataset, training_loader
 from pgolf.distributed import Ranks, launch
 from pgolf.errors import PgolfError
 from pgolf.evaluate import Score, evaluate
+from pgolf.evaluate_ngram import evaluate_ngram
 from pgolf.machine import compute_dtype, keep_freed_memory
 from pgolf.model import Model, ModelConfig
 from pgolf.packed_code import code_bytes, raw_code_bytes
@@ -39,16 +39,8 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     # Data
     with run.timed("data"):
         data = open_dataset(settings, ranks)
-        loader = TokenLoader(
-            data.train_shards,
-            settings.train_seq_len,
-            settings.train_batch_tokens,
-            settings.seed,
-            ranks.rank,
-            ranks.world_size,
-            vocab_size=settings.vocab_size,
-        )
-    run.log(f"train_loader:dataset:{settings.data_path} train_shards:{len(data.train_shards)}")
+        loader = training_loader(settings, data.train_shards, ranks)
+    run.log(f"train_loader:{settings.loader} dataset:{settings.data_path} train_shards:{len(data.train_shards)}")
     run.log(f"val_loader:tokens:{len(data.val_tokens) - 1} bytes:{int(data.val_token_bytes[1:].sum())}")
 
     # Model
@@ -58,19 +50,16 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     dtype = compute_dtype(settings.dtype, ranks.device)
     config = ModelConfig.of(settings)
     model = Model(config, dtype).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
-    trainer = Trainer(model, loader, settings, ranks, run)
-    attention, precision = (
-        attention_backend(ranks.device.type, settings.train_seq_len),
-        str(dtype).removeprefix("torch."),
-    )
-    run.note(parameters=config.parameters(), attention=attention, compile=trainer.compiled, dtype=precision)
+    model.attention = choose_attention(settings.attention, ranks.device, dtype, settings.longest_text)
+    trainer = Trainer(model, loader, settings, ranks, run, data.tokenizer.byte_table())
+    precision = str(dtype).removeprefix("torch.")
+    run.note(parameters=config.parameters(), attention=model.attention, compile=trainer.compiled, dtype=precision)
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
-    run.log(f"attention:{attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
+    run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
 
-    def score(scored: Model) -> Score:
-        return evaluate(
-            scored, data.val_tokens, data.val_token_bytes, settings.train_seq_len, settings.val_batch_size, ranks
-        )
+    def score(scored: Model, **changes: int) -> Score:
+        how = {**settings.scoring, **changes, "batch_tokens": settings.val_batch_size, "ranks": ranks}
+        return evaluate(scored, data.val_tokens, data.val_token_bytes, **how)
 
     # Train, then calibrate with what is left of the wall-clock budget
     code = code_bytes()
@@ -80,7 +69,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     if settings.resume:
         trainer.load()
     before = trainer.used_seconds
-    trainer.train(validate=lambda: score(model))
+    trainer.train(validate=lambda: score(model, stride=0))  # on the way without overlap, to save time
     run.seconds["train"] = trainer.used_seconds - before
     with run.timed("calibration"):
         seconds_left, rises = trainer.countdown(), {}
@@ -105,7 +94,8 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     if ranks.first:
         metadata = {
             "model": config.as_dict(),
-            "train_seq_len": settings.train_seq_len,
+            "looping": model.looping,
+            "scoring": settings.scoring,
             "tokenizer_sha256": data.tokenizer.sha256,
         }
         write = partial(write_artifact, artifact_path, metadata=metadata, mode=settings.artifact_coder)
@@ -113,6 +103,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
             fitted = quantize_within_budget(model, hessians, settings, rises, write, code)
         run.log(fitted or projection_error(run.summary, artifact_path.stat().st_size))
     ranks.wait()
+    ranks.agree_file(artifact_path)
 
     # Score the weights as trained, then the file alone
     with run.timed("evaluate_float"):
@@ -120,8 +111,14 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log_score(trainer.step, float_score, trainer.used_seconds)
     with run.timed("evaluate"):
         artifact = read_artifact(artifact_path)
-        final = score(model_from_artifact(artifact, dtype, ranks.device))
+        stranger = model_from_artifact(artifact, dtype, ranks.device, model.attention)
+        if settings.ngram == "off":
+            final, mixed = score(stranger), None
+        else:
+            final, mixed = evaluate_ngram(stranger, data, settings, ranks)
     run.log(f"final_artifact_roundtrip_exact val_loss:{final.loss:.8f} val_bpb:{final.bpb:.8f}")
+    if mixed:
+        run.log(f"ngram:{settings.ngram} val_loss:{mixed.loss:.8f} val_bpb:{mixed.bpb:.8f}")
 
     # Where every byte of the budget went, and what other compressors make of the same text
     total = artifact.bytes.total + code
@@ -131,6 +128,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         val_bpb_float=float_score.bpb,
         val_loss_quantized=final.loss,
         val_bpb_quantized=final.bpb,
+        val_bpb_ngram=mixed and mixed.bpb,
         val_tokens=final.tokens,
         val_bytes=final.bytes,
         artifact_bytes=artifact.bytes.total,

@@ -169,10 +169,11 @@ def run_line(run: dict[str, Any] | None) -> str:
     if not run or run.get("val_bpb_quantized") is None:
         return "not measured"
     others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in run["compressors_bpb"].items())
+    cached = f"; {run['val_bpb_ngram']:.4f} with the causal n-gram cache" if run.get("val_bpb_ngram") else ""
     return (
         f"`{run['preset']}`, {run['steps']:,} steps in {number(run['train_seconds'])} s: "
         f"**{run['val_bpb_quantized']:.4f} bpb** in {number(run['artifact_bytes'] / 1e6)} MB "
-        f"({run['val_bpb_float']:.4f} before quantisation; the same text: {others})"
+        f"({run['val_bpb_float']:.4f} before quantisation{cached}; the same text: {others})"
     )
 
 

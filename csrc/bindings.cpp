@@ -10,6 +10,7 @@
 #include "cpu_features.h"
 #include "gptq.h"
 #include "gptq_refine.h"
+#include "ngram_bindings.h"
 #include "pack_bits.h"
 #include "trellis.h"
 
@@ -343,6 +344,7 @@ PYBIND11_MODULE(_native, module) {
              "(0 mix, 1 static, 2 floats; states; whether it is a list; [(shape, bytes a value)]) of a blob, or ValueError.");
   module.def("decode_blob", &decode_blob, "data"_a, "size"_a, "values"_a, "bytes"_a, "threads"_a, Unlocked(),
              "Decodes a blob to `bytes` bytes at `values`, or ValueError.");
+  pgolf_bind_ngram(module);
   module.def("build_info", &build_info, "How the extension was built and what it found on this machine.");
   module.def("levels", &pgolf::levels, "The code paths that this CPU runs, slowest first.");
   module.def("level", &pgolf::level_name, "The code path in use.");

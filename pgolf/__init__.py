@@ -11,13 +11,16 @@ from pgolf.errors import ArtifactError, DataError, PgolfError, UserError
 
 if TYPE_CHECKING:
     from pgolf import ops
+    from pgolf.ngram_cache import NgramCache
 
 __version__ = "0.1.0"
-__all__ = ["ArtifactError", "DataError", "PgolfError", "UserError", "__version__", "ops"]
+__all__ = ["ArtifactError", "DataError", "NgramCache", "PgolfError", "UserError", "__version__", "ops"]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: `pgolf doctor` must run where torch does not.
     if name == "ops":
         return importlib.import_module("pgolf.ops")
+    if name == "NgramCache":
+        return importlib.import_module("pgolf.ngram_cache").NgramCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

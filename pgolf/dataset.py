@@ -11,12 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf.data.documents import DocumentLoader
+from pgolf.data.loader import TokenLoader
+from pgolf.data.prefetch import Loader, Prefetcher
 from pgolf.data.prepare import prepare_demo
 from pgolf.data.shards import find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.distributed import Ranks
 from pgolf.errors import DataError
-from pgolf.settings import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH, Settings
+from pgolf.presets import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH
+from pgolf.settings import Settings
 
 COMPRESSOR_TOKENS = 8_000_000  # what xz and brotli are given at most; enough for both to settle
 
@@ -35,6 +39,8 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
         if ranks.first:
             prepare_demo("data")
         ranks.wait()
+        if not Path(DEMO_TOKENIZER_PATH).exists():  # on another machine
+            prepare_demo("data")
     tokenizer = Tokenizer(settings.tokenizer_path)
     if tokenizer.vocab_size != settings.vocab_size:
         raise DataError(
@@ -45,6 +51,17 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
     _check_origin(settings.data_path, tokenizer)
     val_tokens, val_token_bytes = validation_split(settings.data_path, tokenizer)
     return Dataset(tokenizer, train_shards, val_tokens, val_token_bytes)
+
+
+def training_loader(settings: Settings, shards: list[Path], ranks: Ranks) -> Prefetcher:
+    """Batches for this rank, as LOADER says, made ready ahead of their use."""
+    order = (settings.train_batch_tokens, settings.seed, ranks.rank, ranks.world_size)
+    if settings.loader == "documents":
+        loader: Loader = DocumentLoader(shards, settings.bos_id, *order, vocab_size=settings.vocab_size)
+    else:
+        length, vocab_size = settings.train_seq_len, settings.vocab_size
+        loader = TokenLoader(shards, length, *order, vocab_size=vocab_size, order=settings.loader)
+    return Prefetcher(loader, ranks.device)
 
 
 def _check_origin(data_path: str, tokenizer: Tokenizer) -> None:

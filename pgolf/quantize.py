@@ -13,21 +13,21 @@ from torch import Tensor
 
 from pgolf import low_rank, ops, rate_budget
 from pgolf.artifact import Artifact, ByteCount, StoredTensor
+from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
-from pgolf.model import Model, ModelConfig, role_of
+from pgolf.model import LOOKED_UP, Model, ModelConfig, role_of
 from pgolf.rate_budget import Coded, Fit
 from pgolf.settings import Settings, validate
 
 
 @torch.inference_mode()
 def collect_hessians(
-    model: Model, batches: Iterable[Tensor], ranks: Ranks, seconds_left: Callable[[], float]
+    model: Model, batches: Iterable[MicroBatch], ranks: Ranks, seconds_left: Callable[[], float]
 ) -> dict[str, Tensor]:
     """Sum of x^T x over the inputs x of every matrix: name -> (count, columns, columns) float32, on the CPU.
 
-    `batches` are token rows (rows, length). Stops when a batch like the longest so far would not fit in
-    `seconds_left()`; the first is always taken.
+    Stops when a batch like the longest so far would not fit in `seconds_left()`; the first is always taken.
     """
     device = next(model.parameters()).device
     hessians = {
@@ -35,6 +35,9 @@ def collect_hessians(
         for name, bank in model.named_parameters()
         if role_of(name) != "control"
     }
+    for name in LOOKED_UP:
+        if name in hessians:  # all columns weigh the same
+            hessians[name].copy_(torch.eye(hessians[name].size(-1)))
     seen, first = torch.empty(0), ("", 0)  # the last input, and which matrix had it first: q, k and v share theirs
     owners: dict[tuple[str, int], tuple[str, int]] = {}  # (name, index) -> the matrix whose sum is also this one's
 
@@ -46,8 +49,9 @@ def collect_hessians(
         owners[name, index] = first
 
     longest, before = 0.0, seconds_left()
-    for tokens in batches:
-        model(tokens.to(device), observe)
+    for batch in batches:
+        inputs, _, borders, longest_document = batch.to(device)
+        model(inputs, borders, longest_document, observe=observe)
         left = seconds_left()
         longest, before = max(longest, before - left), left
         if ranks.any(left < longest):
@@ -67,7 +71,7 @@ def quantize(
     for name, weight in weights.items():
         role = role_of(name)
         shape = tuple(weight.shape)
-        if role == "control":
+        if role == "control" or rate_budget.bits_of(name, settings) == 16:
             stored.append(StoredTensor(name, role, shape, weight.half(), None, 16))
             continue
         bits = rate_budget.bits_of(name, settings)
@@ -113,7 +117,8 @@ def quantize_to_size(
     `rises` are those of `rate_budget.measure_rises`; without any, all steps change by one factor. `first` are the bytes
     of the file at the settings' steps, if it has been written. Where no file was small enough the smallest is kept.
     """
-    counts = {name: p.numel() for name, p in model.named_parameters() if name in hessians}
+    names = rate_budget.quantized_names(model, settings)
+    counts = {name: p.numel() for name, p in model.named_parameters() if name in names}
     last: dict[str, float] = {}
 
     def coded(count: ByteCount) -> Coded:
@@ -159,7 +164,7 @@ def quantize_within_budget(
     return f"artifact:{found.total} of {target} bytes{short}: {because}{cost}"
 
 
-def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Model:
+def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> Model:
     """Build the model that an artifact describes, with the artifact's weights and nothing else."""
     described = artifact.metadata.get("model")
     if not isinstance(described, dict) or described.keys() != {field.name for field in fields(ModelConfig)}:
@@ -169,5 +174,9 @@ def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.de
     except UserError as error:
         raise ArtifactError(f"artifact: its model cannot be: {error}") from None
     model = Model(config, dtype)
+    model.attention = attention
+    model.looping = config.num_loops > 0 and artifact.metadata.get("looping", True) is True
     load_weights(model, artifact.tensors.values())
+    if config.asym_logit_rescale:
+        model.caps_differ = bool((model.softcaps != config.logit_softcap).any())
     return model.to(device)

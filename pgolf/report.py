@@ -198,9 +198,13 @@ def _loss(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> dict
 
 
 def _quality(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """Bars of bits per byte, the model's two and the general compressors'; None when nothing was scored."""
+    """Bars of bits per byte, the model's and the general compressors'; None when nothing was scored."""
     rows = []
-    for field, title in (("val_bpb_quantized", "after quantisation"), ("val_bpb_float", "before quantisation")):
+    for field, title in (
+        ("val_bpb_ngram", "after quantisation, with n-gram cache"),
+        ("val_bpb_quantized", "after quantisation"),
+        ("val_bpb_float", "before quantisation"),
+    ):
         if (value := number(summary.get(field))) is not None:
             rows.append((title, value, f"{value:.4f}", "accent"))
     for name, bpb in table(summary.get("compressors_bpb")).items():

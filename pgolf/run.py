@@ -5,6 +5,7 @@ line by line.
 """
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -32,11 +33,11 @@ CHECKPOINT = "checkpoint.pt"
 # In the order of the documentation; unknown until measured, so that an interrupted run's summary has every field.
 SUMMARY_FIELDS = (  # noqa: SIM905
     "run_id preset seed device device_name world_size parameters steps tokens_seen train_seconds step_ms "
-    "val_loss_float val_bpb_float val_loss_quantized val_bpb_quantized val_tokens val_bytes "
+    "val_loss_float val_bpb_float val_loss_quantized val_bpb_quantized val_bpb_ngram val_tokens val_bytes "
     "artifact_bytes projected_artifact_bytes code_bytes code_bytes_raw "
     "total_bytes budget_bytes fits_budget bytes_by_role seconds "
     "max_wallclock_seconds wallclock_used_seconds within_wallclock max_eval_seconds within_eval "
-    "compressors_bpb backends fallbacks attention compile dtype interrupted versions"
+    "compressors_bpb backends fallbacks attention compile recompilations dtype interrupted aborted versions"
 ).split()
 
 
@@ -44,11 +45,16 @@ class Interrupted(BaseException):
     """SIGINT or SIGTERM came."""
 
 
+class Aborted(PgolfError):
+    """The early validation was worse than ABORT_BPB. The run ends with status 3, its summary written."""
+
+
 class Run:
     """Use as a context: it opens the folder, catches the two signals, and leaves a valid summary and report behind."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
-        self.settings, self.ranks, self.folder = settings, ranks, settings.run_folder
+        self.settings, self.ranks = settings, ranks
+        self.folder = Path(os.fsdecode(ranks.agree_bytes(os.fsencode(settings.run_folder))))  # its name has the time
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.summary: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)
@@ -66,6 +72,7 @@ class Run:
             max_wallclock_seconds=settings.max_wallclock_seconds,
             max_eval_seconds=settings.max_eval_seconds,
             interrupted=False,
+            aborted=False,
             versions=versions(),
         )
 
@@ -94,6 +101,11 @@ class Run:
             else:
                 self.log("interrupted before training began; nothing to resume")
             sys.exit(128 + (self.signal or signal.SIGTERM))
+        if isinstance(error, Aborted):
+            self.note(aborted=True)
+            self.close()
+            self.log(f"aborted: {error}")
+            sys.exit(3)
         if isinstance(error, PgolfError):
             self._forget()
 

@@ -62,6 +62,8 @@ def projected_bytes(parameters: Iterable[tuple[str, Tensor]], settings: Settings
         role = role_of(name)
         if role == "control":
             small.append(parameter.detach().cpu().half())
+        elif bits_of(name, settings) == 16:
+            size[role] += 2.0 * parameter.numel()
         elif parameter.numel():
             size[role] += _tensor_bytes(name, parameter.detach(), settings)
     size["control"] += len(coder.encode_floats(small))
@@ -88,7 +90,7 @@ def gaussian_bytes(settings: Settings) -> dict[str, int]:
     size: dict[str, float] = dict.fromkeys(ROLES, 0.0)
     for name, shape in ModelConfig.of(settings).shapes().items():
         role, count = role_of(name), math.prod(shape)
-        if role == "control":
+        if role == "control" or bits_of_role(role, settings) == 16:
             size[role] += 2.0 * count
             continue
         bits = entropy_bits(bits_of_role(role, settings), clip_of_role(role, settings))

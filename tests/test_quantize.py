@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pgolf.artifact import StoredTensor, read_artifact, write_artifact
+from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
 from pgolf.low_rank import add_corrections, corrections
@@ -50,7 +51,7 @@ def tiny():
                 count, n = len(parameter) if parameter.ndim == 3 else 1, parameter.shape[-1]
                 x = torch.randn(count, 2 * n, n) * (torch.rand(n) + 0.2)
                 hessians[name] = x.mT @ x
-    rows = [torch.randint(300, (16, 32)) for _ in range(2)]
+    rows = [MicroBatch(torch.randint(300, (16, 31)), torch.randint(300, (16, 31))) for _ in range(2)]
     return model, hessians, rows, settings
 
 

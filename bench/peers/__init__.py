@@ -9,6 +9,7 @@ arguments, or raising an error that says why the two cannot be compared.
 
 import ast
 import importlib
+import importlib.util
 import itertools
 import os
 import sys
@@ -47,14 +48,15 @@ def contenders(operation: str, *names: str) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def take(path: Path, names: list[str], given: dict[str, Any]) -> SimpleNamespace:
+def take(path: Path, names: list[str], given: dict[str, Any], text: str | None = None) -> SimpleNamespace:
     """What is defined under `names` at the top of a script, without running the rest of it.
 
     Functions, classes and values of simple assignments, with what the script registers on them there
     (`@name.register_fake`, `name.register_autograd(...)`). `given` are the globals that they need. They keep their file
     and line numbers, from which Triton reads its kernels, and live in a module of their own, for torch.compile.
+    `text` stands in for the script's.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    tree = ast.parse(path.read_text(encoding="utf-8") if text is None else text, filename=str(path))
     defined = {name for node in tree.body for name in _defines(node)}
     missing = sorted(set(names) - defined)
     if missing:
@@ -66,6 +68,17 @@ def take(path: Path, names: list[str], given: dict[str, Any]) -> SimpleNamespace
     sys.modules[module.__name__] = module
     exec(compile(ast.Module(body=wanted, type_ignores=[]), str(path), "exec"), module.__dict__)
     return SimpleNamespace(**{name: getattr(module, name) for name in names})
+
+
+def load_module(path: Path) -> ModuleType:
+    """A whole file of a peer, run as a module of its own."""
+    name = f"peers.loaded_{next(_numbers)}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise LookupError(f"no {path.name} in the checkout")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @lru_cache

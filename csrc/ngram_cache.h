@@ -1,0 +1,60 @@
+// A causal n-gram cache over one stream of tokens: exact counts, and a probability mixed from them and a base.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "hint_counts.h"
+#include "ngram_counts.h"
+#include "ngram_mix.h"
+
+namespace pgolf {
+
+// Log-probabilities are natural. Tokens are below vocab_size; the caller sees to it.
+class NgramCache {
+ public:
+  NgramCache(const CountsConfig& counts, const MixConfig& mix) : counts_(counts), mix_(mix), mixer_(mix) {}
+
+  // out[i] is the mixed log-probability of tokens[i], whose base log-probability is base[i], from the tokens before it.
+  void score(const uint16_t* tokens, const double* base, double* out, int64_t count);
+  // Counts without scoring; nothing is learned about the weights.
+  void update(const uint16_t* tokens, int64_t count);
+  // The next token's whole distribution, given the base's.
+  void distribution(const double* base, double* out) const;
+
+  CountsStats stats() const { return counts_.stats(); }
+  std::vector<uint8_t> save() const;
+  bool load(const uint8_t* data, size_t size);  // false, and empty, where the bytes are no snapshot of such a cache
+
+ private:
+  CountsConfig config() const { return counts_.config(); }
+
+  NgramCounts counts_;
+  MixConfig mix_;
+  Mixer mixer_;
+};
+
+class HintCache {
+ public:
+  HintCache(const CountsConfig& counts, double threshold)
+      : config_(counts), threshold_(threshold), counts_(counts) {}
+
+  // hints[i] for tokens[i] from the tokens before it; gates[i] is 1 where it came in `threshold` of all cases, else 0, and
+  // where there is none, both are.
+  void hints(const uint16_t* tokens, uint16_t* hints, uint8_t* gates, int64_t count);
+  void update(const uint16_t* tokens, int64_t count);
+  bool look(uint16_t& hint) const;  // the next token's; whether its gate is open
+
+  CountsStats stats() const { return counts_.stats(); }
+  std::vector<uint8_t> save() const;
+  bool load(const uint8_t* data, size_t size);
+
+ private:
+  bool open(const Hint& hint) const { return hint.total && hint.count >= threshold_ * hint.total; }
+
+  CountsConfig config_;
+  double threshold_;
+  HintCounts counts_;
+};
+
+}  // namespace pgolf

@@ -1,0 +1,23 @@
+"""Gates on attention's output, one number a token and head, from a few channels of the layer's input.
+
+    output gate    g = 2 σ(W x[:w])      PR #1667; x is the layer's normalised input, or its query
+    sparse gate    g = σ(s W x[:w])      PR #1787; s is SPARSE_ATTN_GATE_SCALE
+
+W (heads, w) begins at 0, w is GATE_WINDOW. The output gate begins at 1, the sparse gate at 1/2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gate_heads(
+    y: Tensor,  # (rows, length, heads, head_dim)
+    source: Tensor,  # (rows, length, dim)
+    weight: Tensor,  # (heads, window)
+    gain: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """y · gain · σ(scale · W source[:window])."""
+    gate = torch.sigmoid(scale * F.linear(source[..., : weight.size(-1)], weight))
+    return y * (gain * gate).unsqueeze(-1)

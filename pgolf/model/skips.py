@@ -1,0 +1,14 @@
+"""U-Net skips: outputs of the first half of the layers return, in reverse order, before those of the second half."""
+
+import torch
+from torch import Tensor
+
+
+def add_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """x + w skip (the baseline); with SKIP_GATES_ENABLED g x + (1 - g) w skip, g = σ(gate) (PRs #289, #1089).
+
+    x and skip (rows, length, dim), weight and gate (dim,). The weight begins at 1, the gate at 0.
+    """
+    if gate is None:
+        return x + weight * skip
+    return torch.lerp(weight * skip, x, torch.sigmoid(gate))

@@ -1,0 +1,38 @@
+"""Every technique of the model, at a width of a few thousand parameters."""
+
+# Every technique, in settings that go together.
+TECHNIQUES = {
+    "baseline": {},
+    "multi_query": {"num_kv_heads": 1},
+    "no_skips": {"unet_skips": False},
+    "partial_rope": {"rope_dims": 4},
+    "ntk": {"rope_scaling": "ntk", "rope_train_seq_len": 5},
+    "yarn": {"rope_scaling": "yarn", "rope_train_seq_len": 5, "rope_dims": 4},
+    "xsa": {"xsa_last_n": 2},
+    "output_gate": {"attn_out_gate_enabled": True},
+    "query_gate": {"attn_out_gate_enabled": True, "attn_out_gate_src": "q"},
+    "sparse_gate": {"sparse_attn_gate_enabled": True, "sparse_attn_gate_scale": 0.5},
+    "norm_scale": {"ln_scale": True},
+    "skip_gates": {"skip_gates_enabled": True},
+    "recurrence": {"num_loops": 2, "loop_start": 1, "loop_end": 2, "skip_gates_enabled": True},
+    "parallel": {"parallel_residual_start": 2},
+    "two_lanes": {"parallel_start_layer": 3, "skip_gates_enabled": True},
+    "smear_gate": {"smear_gate_enabled": True},
+    "bigram_hash": {"bigram_vocab_size": 40, "bigram_dim": 8},
+    "value_embedding": {"ve_layers": "0,3", "ve_dim": 8},
+    "relu2_4x": {"mlp_slope": 0.0, "mlp_mult": 4.0},
+    "record": {
+        "num_layers": 7,
+        "rope_dims": 4,
+        "xsa_last_n": 7,
+        "sparse_attn_gate_enabled": True,
+        "ln_scale": True,
+        "skip_gates_enabled": True,
+        "num_loops": 2,
+        "loop_start": 2,
+        "loop_end": 3,
+        "parallel_start_layer": 5,
+        "smear_gate_enabled": True,
+        "asym_logit_rescale": True,
+    },
+}

@@ -1,0 +1,112 @@
+"""Scoring with the n-gram cache: what the cache makes of the model's probabilities, alone and in two processes."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pgolf.distributed import Ranks
+from pgolf.evaluate import evaluate, target_losses
+from pgolf.evaluate_ngram import evaluate_ngram, gathered
+from pgolf.model import Model, ModelConfig
+from pgolf.ngram_cache import NgramCache, tilt
+from pgolf.settings import load_settings
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+COUNT = 707
+MODES = ("adaptive", "pyp", "tilt")
+
+
+def setting(mode: str):
+    environ = {"MODEL_DIM": "32", "NUM_LAYERS": "2", "VOCAB_SIZE": "50", "TRAIN_SEQ_LEN": "16", "VAL_BATCH_SIZE": "48"}
+    order = {"NGRAM_ORDER": "4"} if mode == "tilt" else {}
+    return load_settings({"PRESET": "demo", "NGRAM": mode, **environ, **order})
+
+
+def model_and_data():
+    model = Model(ModelConfig.of(setting("pyp"))).initialise(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    phrases = torch.randint(50, (6, 20), generator=generator)
+    tokens = phrases[torch.randint(6, (40,), generator=generator)].flatten()[:COUNT]
+    token_bytes = torch.randint(1, 6, (COUNT,), generator=generator)
+    return model, SimpleNamespace(val_tokens=tokens.int(), val_token_bytes=token_bytes)
+
+
+def scores(ranks: Ranks) -> dict:
+    model, data = model_and_data()
+    return {mode: evaluate_ngram(model, data, setting(mode), ranks) for mode in MODES}
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    torch.save(scores(ranks), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_is_the_cache_on_the_models_probabilities(mode):
+    model, data = model_and_data()
+    base, mixed = evaluate_ngram(model, data, setting(mode), ALONE)
+    tokens, targets = data.val_tokens, data.val_tokens[1:].numpy()
+    plain = evaluate(model, tokens, data.val_token_bytes, 16, 48, ALONE)
+    assert (base.tokens, base.bytes) == (mixed.tokens, mixed.bytes) == (plain.tokens, plain.bytes)
+    assert base.nats == pytest.approx(plain.nats, rel=1e-7)
+
+    cache = NgramCache(50, [4] if mode == "tilt" else None, mode, 1 << 20)
+    cache.update(tokens[:1])
+    if mode == "tilt":
+        hints, gates = cache.hints(targets)
+        wanted = torch.from_numpy(hints.astype(int))
+        parts = list(target_losses(model, tokens, 16, 48, ALONE, others=wanted))
+        logp, of_hints = (-torch.cat([part[i] for part in parts]).double().numpy() for i in (1, 2))
+        expected = tilt(logp, of_hints, hints == targets, np.where(gates, 2.625, 0.0))
+        for first, losses, _ in parts:  # `others` are scored where the targets are
+            again = next(p for p in target_losses(model, tokens, 16, 48, ALONE, others=tokens[1:]) if p[0] == first)
+            assert torch.equal(again[1], losses)
+            assert torch.equal(again[2], losses)
+    else:
+        losses = torch.cat([losses for _, losses, _ in target_losses(model, tokens, 16, 48, ALONE)])
+        expected = cache.score(targets, -losses.double())
+    assert mixed.nats == pytest.approx(-expected.sum(), rel=1e-9)
+    assert mixed.bpb < base.bpb
+    assert math.isfinite(mixed.loss)
+
+
+def test_two_processes_give_the_score_of_one(tmp_path):
+    mp.spawn(work, (tmp_path,), nprocs=2)
+    alone = scores(ALONE)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for mode in MODES:
+            for one, two in zip(alone[mode], found[mode], strict=True):
+                assert (two.tokens, two.bytes) == (one.tokens, one.bytes)
+                assert two.nats == pytest.approx(one.nats, rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_parts_wait_for_their_turn(order):
+    from pgolf.evaluate_ngram import _in_order
+
+    rng = np.random.default_rng(0)
+    targets, losses = rng.integers(5, size=400), rng.uniform(0.1, 3, 400)
+    parts = [(100 * i, losses[100 * i : 100 * i + 100]) for i in order]
+    cache = NgramCache(5, memory_bytes=1 << 20)
+    expected = NgramCache(5, memory_bytes=1 << 20).score(targets, -losses)
+    nats, mixed = _in_order(cache, targets, iter(parts))
+    assert nats == pytest.approx(losses.sum())
+    assert mixed == pytest.approx(-expected.sum(), rel=1e-12)
+    with pytest.raises(AssertionError, match="scored 100 of 400"):
+        _in_order(NgramCache(5, memory_bytes=1 << 20), targets, iter([parts[order.index(0)], parts[order.index(2)]]))
+
+
+def test_what_one_rank_gathers_is_what_it_has():
+    parts = [(0, torch.arange(5.0)), (5, torch.arange(3.0)), (8, torch.arange(1.0))]
+    found = list(gathered(iter(parts), 5, ALONE))
+    assert [(first, values.tolist()) for first, values in found] == [(f, v.tolist()) for f, v in parts]
