@@ -96,10 +96,9 @@ def rows_of(folder: Path, ranks, work: Path):
         yield name, size, scale, seconds, base, mean_bpb(chosen, clips)
         if name not in BUDGETED:
             continue
-        chosen = chosen.model_copy(update={"artifact_bytes": wanted})
         rises = measure_rises(model, hessians, itertools.islice(batches(), PROBE_ROWS), chosen, ranks)
         begin = time.perf_counter()
-        found = quantize_to_size(model, hessians, chosen, rises, write)
+        found, _ = quantize_to_size(model, hessians, chosen, rises, write, wanted)
         seconds = time.perf_counter() - begin
         yield f"{name} + budget", found.total, found.codings, seconds, base, mean_bpb(chosen, found.clips)
 

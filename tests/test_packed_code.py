@@ -22,7 +22,13 @@ def test_what_takes_part_and_what_does_not():
     names = set(packed_code.code_files())
     assert {
         *("train_gpt.py", "setup.py", "pyproject.toml", "CMakeLists.txt", "csrc/coder.cpp", "csrc/pack_bits.cu"),
-        *("pgolf/model.py", "pgolf/ops/gptq.py", "pgolf/report.html", "pgolf/data/loader.py", "pgolf/packed_code.py"),
+        *(
+            "pgolf/quantize.py",
+            "pgolf/ops/gptq.py",
+            "pgolf/report.html",
+            "pgolf/data/loader.py",
+            "pgolf/packed_code.py",
+        ),
         *("triton_kernels/newton_schulz.py", "pgolf/__init__.py", "pgolf/ops/__init__.py", "pgolf/low_rank.py"),
     } <= names
     assert not [name for name in names if name.startswith(("tests", "bench")) or name.endswith((".md", ".so"))]
