@@ -34,7 +34,7 @@ GRAPHS = 64  # of the forward pass, at most: the compiler's own limit is 8, and 
 
 
 class Trainer:
-    """Trains `model` in place. The clock counts training steps, and later `spend`, against MAX_WALLCLOCK_SECONDS."""
+    """Trains `model` in place. The clock counts training steps, and then calibration, against MAX_WALLCLOCK_SECONDS."""
 
     def __init__(
         self,
@@ -143,6 +143,7 @@ class Trainer:
                 )
                 self.used_seconds, self.step_seconds, talked = elapsed, slowest, self.step
                 if signalled:
+                    log.write_all()
                     self.save()
                     raise Interrupted
                 if not steps or self.step >= settings.iterations:
