@@ -12,8 +12,9 @@ Triton backend. Not as on a GPU: the trace is made where `F.rms_norm` is compose
 is autotuned, so the choice between a library's product and a template is never made (the library's is counted).
 
 Bytes of a generated kernel: for each buffer that it reads from or leaves in memory the elements that its index
-expressions touch, each once, and never more than the buffer has. What stays inside the kernel counts nothing. Bytes of
-an operation that Inductor calls: all its tensor arguments and results, each once.
+expressions touch, each once, and never more than the buffer has. What stays inside the kernel counts nothing. That is
+`get_read_write_buffers_sizes` of the scheduler's node, but for slices, which that counts as whole buffers. Bytes of an
+operation that Inductor calls: all its tensor arguments and results, each once.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ class Kernel:
     shapes: tuple[tuple[int, ...], ...]  # of a call's tensor arguments
     sources: frozenset[tuple[str, ...]]  # of each operation in it, the functions of the model it comes from, outermost
     # first, as "file.py:function"
-    buffers: tuple[tuple[str, int], ...] = ()  # name and bytes, "<" before those read and ">" before those written
+    scheduler_bytes: int = 0  # of a generated kernel by Inductor's own count, which takes a slice for the whole buffer
 
     @property
     def bytes_moved(self) -> int:
@@ -231,10 +232,8 @@ def _kernel(node: Any, lowering: Any, backward: bool) -> Kernel | None:
     if isinstance(node, ExternKernelSchedulerNode):
         return _call(node.node, node, sources, backward)
     read, written = _touched(parts, lowering)
-    buffers = [("<" + name, size) for name, size in read.items()] + [
-        (">" + name, size) for name, size in written.items()
-    ]
-    return Kernel("", backward, sum(read.values()), sum(written.values()), (), sources, tuple(buffers))
+    own = node.get_read_write_buffers_sizes()
+    return Kernel("", backward, sum(read.values()), sum(written.values()), (), sources, own)
 
 
 def _touched(parts: list, lowering: Any) -> tuple[dict[str, int], dict[str, int]]:

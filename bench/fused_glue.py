@@ -13,8 +13,9 @@
 Activations are bfloat16, T x dim (X bytes); q, y as that, k and v T x kv_dim. dy arrives as one tensor a matrix product
 that read y: three where q, k and v did. Gradients of per-channel and per-head parameters are summed in the same pass.
 The scale of a branch is folded into the rows of the projection that makes it, so it costs no pass and the branch's
-gradient is that of the stream. d x0 is read and written wherever x0 was read. Statistics of norms are computed again,
-not stored. Left out, all below 2%: rotary tables, gates (one number a token and head), parameters.
+gradient is that of the stream. Wherever x0 was read its gradient costs two: the operation hands out its part and the
+sum reads it. Statistics of norms are computed again, not stored. Left out, all below 2%: rotary tables, gates (one
+number a token and head), parameters.
 """
 
 from collections.abc import Iterator

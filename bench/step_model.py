@@ -4,18 +4,20 @@
 
 Twice: as the compiler runs it (compiled_step.py: Inductor's own fusions for Hopper, read without a GPU), and as it
 could be with everything between the matrix products in one kernel a pass (fused_glue.py). N tokens on each GPU; by
-default the preset's batch over the GPUs. Before depth recurrence starts ("pre-loop") and after ("loop").
+default the preset's batch over the GPUs. Before depth recurrence starts ("pre-loop"; the only phase of a preset without
+loops) and after ("loop"). Takes half a minute of CPU time a phase and 11 layers.
 
 The least time of a kernel is the larger of bytes over bandwidth and FLOPs over the peak (static_report.py), of a step
 the sum over its kernels, with nothing overlapped and no time between kernels. No device reaches it.
 
 Products are counted at 2 FLOPs a multiplication. Attention: half of a full row of TRAIN_SEQ_LEN, two products forward
 and five backward; documents are shorter, so this is the most. Work element by element counts no FLOPs. The optimiser
-and communication are this package's, by formulas below. A kernel that serves several regions is counted in the first
+and communication are this package's, by formulas (step_operations.py). A kernel that serves several regions is counted in the first
 that fits, from the functions of pgolf/model that it was traced from; sums do not depend on that.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable
@@ -234,6 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings, tokens = resolve(options.preset, options.tokens, options.gpus)
     except PgolfError as error:
         parser.error(str(error))
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Inductor needs triton to schedule for a GPU, and it is not installed: pip install triton (Linux)")
     phases = make_phases(settings, tokens, options.gpus)
     answer = {
         "preset": settings.preset,

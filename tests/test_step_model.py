@@ -93,6 +93,16 @@ def test_bytes_of_known_kernels(kernels):
     assert copies == [2 * X + 2 * HEADS] * 2 or copies == [2 * X + 4 * HEADS] * 2
 
 
+def test_bytes_are_those_of_the_scheduler(kernels):
+    generated = [kernel for kernel in kernels if not kernel.operation]
+    assert len(generated) > 50
+    for kernel in generated:
+        if "rotate" not in step_operations.functions(kernel):  # of a head only the dimensions that turn are read
+            assert kernel.bytes_moved == pytest.approx(kernel.scheduler_bytes, rel=0.02, abs=100_000)
+    rotations = [k for k in generated if "rotate" in step_operations.functions(k) and not k.backward]
+    assert sum(k.bytes_moved for k in rotations) < 0.9 * sum(k.scheduler_bytes for k in rotations)
+
+
 def test_every_kernel_finds_its_place(phases):
     (phase,) = phases
     rows = {row["region"]: row for row in phase.regions()}
