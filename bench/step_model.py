@@ -12,8 +12,8 @@ the sum over its kernels, with nothing overlapped and no time between kernels. N
 
 Products are counted at 2 FLOPs a multiplication. Attention: half of a full row of TRAIN_SEQ_LEN, two products forward
 and five backward; documents are shorter, so this is the most. Work element by element counts no FLOPs. The optimiser
-and communication are this package's, by formulas (step_operations.py). A kernel that serves several regions is counted in the first
-that fits, from the functions of pgolf/model that it was traced from; sums do not depend on that.
+and communication are this package's, by formulas (step_operations.py). A kernel that serves several regions is counted
+in the first that fits, from the functions of pgolf/model that it was traced from; sums do not depend on that.
 """
 
 import argparse
