@@ -24,11 +24,12 @@ FUNCTIONS = {
     LANES: {"route_to_lanes", "merge_lanes", "_two_lane_layer", "norm in _two_lane_layer"},
     MIX: {"mix_with_embedding", "add_skip"},
     ADD: {"_layer", "_parallel_layer", "norm in _layer", "norm in _parallel_layer", "norm in _layers"},
-    XSA: {"exclude_self", "gate_heads"},
+    XSA: {"exclude_self", "gate_heads", "gate_logits"},
     "loss": {"softcapped_cross_entropy", "check_range", "loss"},
     "weights": {"_bank", "<genexpr>", "_weights"},
-    QK: {"rotate", "rotary_tables", "norm in _attend", "_attend"},
+    QK: {"rotate", "rotary_tables", "norm in _attend", "norm in _norm_and_rotate", "_norm_and_rotate", "_attend"},
 }
+CALLS = {"residual": MIX, "qk_norm_rope": QK, "xsa_gate": XSA}  # operations of ours that are a region, by part of name
 SMALL_FUNCTIONS = {"_cast", "_rows", "forward", "packed_documents", "rows_as_documents", "attention"}
 
 
@@ -77,6 +78,9 @@ def classify(kernel: Kernel) -> tuple[str, str]:
         return "attention", ""
     if "cross_entropy" in called:
         return "loss", ""
+    for part, region in CALLS.items():
+        if called.startswith("pgolf.") and part in called:
+            return GLUE[kernel.backward], region
     found = functions(kernel)
     region = next((region for region, names in FUNCTIONS.items() if names & found), "")
     if called == "pgolf.weight_gradient" or "leaky_relu2" in called:
@@ -102,10 +106,10 @@ def residual_region(region: str, found: set[str], backward: bool) -> str:
 
 
 def functions(kernel: Kernel) -> set[str]:
-    """Where each operation of a kernel was written; of a norm also who asked for it."""
+    """Where each operation of a kernel was written; of a norm also who asked for it, past the stream's class."""
     found = set()
     for frames in kernel.sources:
-        names = [frame.partition(":")[2] for frame in frames]
+        names = [name for file, _, name in (frame.partition(":") for frame in frames) if file != "stream.py"]
         if names:
             found.add(f"norm in {names[-2]}" if names[-1] == "norm" and len(names) > 1 else names[-1])
     return found
