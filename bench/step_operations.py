@@ -26,7 +26,7 @@ FUNCTIONS = {
     ADD: {"_layer", "_parallel_layer", "norm in _layer", "norm in _parallel_layer", "norm in _layers"},
     XSA: {"exclude_self", "gate_heads", "gate_logits"},
     "loss": {"softcapped_cross_entropy", "check_range", "loss"},
-    "weights": {"_bank", "<genexpr>", "_weights"},
+    "weights": {"_bank", "_weights"},
     QK: {"rotate", "rotary_tables", "norm in _attend", "norm in _norm_and_rotate", "_norm_and_rotate", "_attend"},
 }
 CALLS = {"residual": MIX, "qk_norm_rope": QK, "xsa_gate": XSA}  # operations of ours that are a region, by part of name
@@ -107,9 +107,11 @@ def residual_region(region: str, found: set[str], backward: bool) -> str:
 
 def functions(kernel: Kernel) -> set[str]:
     """Where each operation of a kernel was written; of a norm also who asked for it, past the stream's class."""
+    passed_over = ("stream.py", "<genexpr>")
     found = set()
     for frames in kernel.sources:
-        names = [name for file, _, name in (frame.partition(":") for frame in frames) if file != "stream.py"]
+        calls = [frame.split(":") for frame in frames]
+        names = [name for file, name in calls if file not in passed_over and name not in passed_over]
         if names:
             found.add(f"norm in {names[-2]}" if names[-1] == "norm" and len(names) > 1 else names[-1])
     return found
