@@ -19,8 +19,7 @@ import torch
 
 from pgolf.artifact import read_artifact, write_artifact
 from pgolf.attention import choose_attention
-from pgolf.data.loader import TokenLoader
-from pgolf.dataset import compressors_bpb, open_dataset
+from pgolf.dataset import compressors_bpb, open_dataset, training_loader
 from pgolf.distributed import Ranks, launch
 from pgolf.errors import PgolfError
 from pgolf.evaluate import Score, evaluate
@@ -38,16 +37,8 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     # Data
     with run.timed("data"):
         data = open_dataset(settings, ranks)
-        loader = TokenLoader(
-            data.train_shards,
-            settings.train_seq_len,
-            settings.train_batch_tokens,
-            settings.seed,
-            ranks.rank,
-            ranks.world_size,
-            vocab_size=settings.vocab_size,
-        )
-    run.log(f"train_loader:dataset:{settings.data_path} train_shards:{len(data.train_shards)}")
+        loader = training_loader(settings, data.train_shards, ranks)
+    run.log(f"train_loader:{settings.loader} dataset:{settings.data_path} train_shards:{len(data.train_shards)}")
     run.log(f"val_loader:tokens:{len(data.val_tokens) - 1} bytes:{int(data.val_token_bytes[1:].sum())}")
 
     # Model
@@ -57,17 +48,16 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     dtype = compute_dtype(settings.dtype, ranks.device)
     config = ModelConfig.of(settings)
     model = Model(config, dtype).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
-    model.attention = choose_attention(settings.attention, ranks.device, dtype, settings.train_seq_len)
-    trainer = Trainer(model, loader, settings, ranks, run)
+    model.attention = choose_attention(settings.attention, ranks.device, dtype, settings.longest_text)
+    trainer = Trainer(model, loader, settings, ranks, run, data.tokenizer.byte_table())
     precision = str(dtype).removeprefix("torch.")
     run.note(parameters=config.parameters(), attention=model.attention, compile=trainer.compiled, dtype=precision)
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
     run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
 
     def score(scored: Model) -> Score:
-        return evaluate(
-            scored, data.val_tokens, data.val_token_bytes, settings.train_seq_len, settings.val_batch_size, ranks
-        )
+        split = data.val_tokens, data.val_token_bytes
+        return evaluate(scored, *split, batch_tokens=settings.val_batch_size, ranks=ranks, **settings.scoring)
 
     # Train, then calibrate with what is left of the wall-clock budget
     with run.timed("warmup"):
@@ -100,7 +90,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         metadata = {
             "model": config.as_dict(),
             "looping": model.looping,
-            "train_seq_len": settings.train_seq_len,
+            "scoring": settings.scoring,
             "tokenizer_sha256": data.tokenizer.sha256,
         }
         if settings.artifact_bytes:

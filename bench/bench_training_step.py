@@ -62,8 +62,8 @@ def test_training_step(measure, preset, tmp_path):
 
     def step():
         loss = trainer.take_step(0.1)
-        if trainer.ema:
-            trainer.ema.update()
+        if trainer.average:
+            trainer.average.update(1, 0.0)
         return loss
 
     step()

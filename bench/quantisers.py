@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from pgolf.artifact import write_artifact
-from pgolf.data.loader import TokenLoader
-from pgolf.dataset import open_dataset
+from pgolf.dataset import open_dataset, training_loader
 from pgolf.distributed import launch
 from pgolf.evaluate import evaluate
 from pgolf.model import Model, ModelConfig
@@ -42,23 +41,17 @@ def rows_of(folder: Path, ranks, work: Path):
     config = ModelConfig.of(settings)
     model = Model(config, torch.float32)
     model.load_state_dict(state["model"])
-    if state["ema"] and state["ema"]["updates"]:
+    if state["average"] and state["average"]["updates"]:
         with torch.no_grad():
-            for parameter, average in zip(model.parameters(), state["ema"]["average"], strict=True):
+            for parameter, average in zip(model.parameters(), state["average"]["average"], strict=True):
                 parameter.copy_(average)
     model.to(ranks.device)
 
     def batches():
-        loader = TokenLoader(
-            data.train_shards,
-            settings.train_seq_len,
-            settings.train_batch_tokens,
-            settings.seed,
-            vocab_size=settings.vocab_size,
-        )
+        loader = training_loader(settings, data.train_shards, ranks)
         loader.load_state_dict(state["loader"])
         for _ in range(settings.gptq_calibration_batches):
-            yield from loader.next_batch()[0].split(settings.micro_batch_tokens // settings.train_seq_len)
+            yield from loader.next_batch().micro_batches(settings.micro_batch_tokens, settings.train_seq_len)
 
     def bpb(scored: Model) -> float:
         return evaluate(

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import pgolf
 from pgolf.doctor import add_doctor_parser
-from pgolf.errors import DataError, PgolfError, UserError
+from pgolf.errors import ArtifactError, DataError, PgolfError, UserError
 
 # What needs torch is imported by the command that uses it: `pgolf doctor` must run where torch does not.
 
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     score.add_argument("target", metavar="RUN_OR_ARTIFACT", help="a run's folder or a .pgolf file")
     score.add_argument("--data-path", help="folder with *_val_*.bin shards (default: the run's)")
     score.add_argument("--tokenizer-path", help="SentencePiece model (default: the run's)")
-    score.add_argument("--seq-len", type=int, help="targets a row (default: the run's)")
+    score.add_argument("--seq-len", type=int, help="tokens of context at most (default: the run's)")
+    score.add_argument("--stride", type=int, help="tokens scored by each further window (default: the run's)")
     score.add_argument("--json", action="store_true")
     score.set_defaults(run=run_eval)
 
@@ -102,7 +103,7 @@ def run_import(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.checkpoint}: no such file")
     settings = load_settings({**os.environ, "PRESET": arguments.preset} if arguments.preset else None)
     tokenizer = Tokenizer(arguments.tokenizer_path or settings.tokenizer_path)
-    metadata = {"train_seq_len": settings.train_seq_len, "tokenizer_sha256": tokenizer.sha256}
+    metadata = {"scoring": settings.scoring, "tokenizer_sha256": tokenizer.sha256}
     config = ModelConfig.of(settings)
     total = import_checkpoint(arguments.checkpoint, arguments.output, config, metadata)
     print(f"{arguments.output}: {config.parameters():,} parameters in float32, {total:,} bytes")
@@ -135,14 +136,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if artifact.metadata.get("tokenizer_sha256") != tokenizer.sha256:
         raise DataError(f"{tokenizer_path}: not the tokenizer that {path} was trained with (their SHA-256 differ)")
     tokens, token_bytes = validation_split(data_path, tokenizer)
-    seq_len = artifact.metadata.get("train_seq_len") if arguments.seq_len is None else arguments.seq_len
-    if type(seq_len) is not int or seq_len < 1:
-        raise UserError(f"--seq-len {seq_len}: must be a whole number, at least 1")
+    scoring = scoring_of(artifact.metadata.get("scoring"), arguments.seq_len, arguments.stride)
     with launch() as ranks:
         dtype = compute_dtype("auto", ranks.device)
-        attention = choose_attention("auto", ranks.device, dtype, seq_len)
+        attention = choose_attention("auto", ranks.device, dtype, scoring["seq_len"])
         model = model_from_artifact(artifact, dtype, ranks.device, attention)
-        score = evaluate(model, tokens, token_bytes, seq_len, saved.val_batch_size if saved else 65_536, ranks)
+        batch_tokens = saved.val_batch_size if saved else 65_536
+        score = evaluate(model, tokens, token_bytes, batch_tokens=batch_tokens, ranks=ranks, **scoring)
     result = {
         "artifact": str(path),
         "artifact_bytes": artifact.bytes.total,
@@ -159,6 +159,21 @@ def run_eval(arguments: argparse.Namespace) -> int:
             f"{score.tokens:,} tokens, {score.bytes:,} bytes of text, artifact {artifact.bytes.total:,} bytes"
         )
     return 0
+
+
+def scoring_of(stored: Any, seq_len: int | None, stride: int | None) -> dict[str, Any]:
+    """How an artifact wants to be scored, with what the command line says instead."""
+    scoring = {"stride": 0, "bos_id": None, **(stored if isinstance(stored, dict) else {})}
+    given = {"seq_len": seq_len, "stride": stride if stride is not None or seq_len is None else 0}
+    scoring |= {name: value for name, value in given.items() if value is not None}
+    length, stride, bos_id = (scoring.get(name) for name in ("seq_len", "stride", "bos_id"))
+    if type(length) is not int or length < 1:
+        raise UserError(f"--seq-len {length}: must be a whole number, at least 1")
+    if type(stride) is not int or not 0 <= stride <= length:
+        raise UserError(f"--stride {stride}: must be a whole number from 0 (no overlap) to --seq-len {length}")
+    if scoring.keys() != {"seq_len", "stride", "bos_id"} or not (bos_id is None or type(bos_id) is int):
+        raise ArtifactError("artifact: its metadata does not say how to score it")
+    return scoring
 
 
 if __name__ == "__main__":

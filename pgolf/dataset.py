@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf.data.documents import DocumentLoader
+from pgolf.data.loader import TokenLoader
+from pgolf.data.prefetch import Loader, Prefetcher
 from pgolf.data.prepare import prepare_demo
 from pgolf.data.shards import find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import Tokenizer
@@ -46,6 +49,17 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
     _check_origin(settings.data_path, tokenizer)
     val_tokens, val_token_bytes = validation_split(settings.data_path, tokenizer)
     return Dataset(tokenizer, train_shards, val_tokens, val_token_bytes)
+
+
+def training_loader(settings: Settings, shards: list[Path], ranks: Ranks) -> Prefetcher:
+    """Batches for this rank, as LOADER says, made ready ahead of their use."""
+    order = (settings.train_batch_tokens, settings.seed, ranks.rank, ranks.world_size)
+    if settings.loader == "documents":
+        loader: Loader = DocumentLoader(shards, settings.bos_id, *order, vocab_size=settings.vocab_size)
+    else:
+        length, vocab_size = settings.train_seq_len, settings.vocab_size
+        loader = TokenLoader(shards, length, *order, vocab_size=vocab_size, order=settings.loader)
+    return Prefetcher(loader, ranks.device)
 
 
 def _check_origin(data_path: str, tokenizer: Tokenizer) -> None:

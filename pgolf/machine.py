@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +18,28 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = device.type == "cuda" or any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if fast else torch.float32
+
+
+class SideStream:
+    """Work beside the current CUDA stream; on a CPU there is one stream, and it is simply done."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched inside begins when what was launched so far has ended."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """What is launched from now on waits for what was launched beside. The host does not."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def cpu_name() -> str:
@@ -39,3 +62,16 @@ def keep_freed_memory() -> None:
             m_trim_threshold, m_mmap_threshold = -1, -3  # names and numbers of malloc.h
             libc.mallopt(m_mmap_threshold, 1 << 30)
             libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+
+
+def allow_compilations(count: int) -> None:
+    """Of one function; the compiler's own limit is an error in a function that must be one graph."""
+    import torch._dynamo.config as config
+
+    config.recompile_limit = max(count, config.recompile_limit)

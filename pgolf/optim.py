@@ -1,18 +1,18 @@
-"""One optimiser step over all ranks: Muon on banks of matrices, AdamW on everything else; and the weights' average."""
+"""One optimiser step over all ranks: Muon on banks of matrices, AdamW on everything else."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgolf.distributed import Pending, Ranks
+from pgolf.machine import SideStream
 from pgolf.model import Model, role_of
 from pgolf.muon import ALONE, Muon
 from pgolf.settings import Settings
 
-__all__ = ["Ema", "Muon", "Optimisers", "make_optimisers"]
+__all__ = ["Muon", "Optimisers", "make_optimisers"]
 
 
 class Optimisers:
@@ -26,8 +26,7 @@ class Optimisers:
         self.muon, self.adam, self.clip_norm, self.ranks = muon, adam, clip_norm, muon.ranks
         self.small = [p for group in adam.param_groups for p in group["params"]]
         self.base_lr = [[group["lr"] for group in optimiser.param_groups] for optimiser in (muon, adam)]
-        cuda = self.small[0].device.type == "cuda"
-        self.side = torch.cuda.Stream(self.small[0].device) if cuda else None
+        self.side = SideStream(self.small[0].device)
         self.packed: Tensor | None = None
 
     def set_rates(self, lr_scale: float, momentum: float) -> None:
@@ -45,12 +44,11 @@ class Optimisers:
         if self.clip_norm:
             summing.wait()
             self._clip(self.muon.own_gradients(), small)
-        with self._beside():
+        with self.side.beside():
             summing.wait()
             self.adam.step()
         self.muon.step()
-        if self.side is not None:  # before gradients are freed, for others on this stream to overwrite
-            torch.cuda.current_stream().wait_stream(self.side)
+        self.side.join()  # before gradients are freed, for others on this stream to overwrite
         for optimiser in (self.muon, self.adam):
             optimiser.zero_grad(set_to_none=True)
         return loss.clone()
@@ -80,15 +78,6 @@ class Optimisers:
         norm = (squares + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
         torch._foreach_mul_([*own, *small], (self.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
 
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        if self.side is None:
-            yield
-            return
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            yield
-
     def reset(self) -> None:
         """As if no step had been taken."""
         self.muon.reset()
@@ -101,24 +90,6 @@ class Optimisers:
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         for optimiser, saved in zip((self.muon, self.adam), state, strict=True):
             optimiser.load_state_dict(saved)
-
-
-class Ema:
-    """Exponential moving average of parameters; young averages forget faster, so that the start leaves no trace."""
-
-    def __init__(self, parameters: Iterable[Tensor], decay: float):
-        self.parameters, self.decay, self.updates = [p.detach() for p in parameters], decay, 0
-        self.average = [p.clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 9.0))
-        torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
-
-    @torch.no_grad()
-    def copy_to_parameters(self) -> None:
-        torch._foreach_copy_(self.parameters, self.average)
 
 
 def lr_multipliers(banks: Iterable[Tensor], settings: Settings) -> list[Tensor]:

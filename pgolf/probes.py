@@ -127,13 +127,23 @@ def _gpu() -> Facts:
 
 
 def _attention() -> Facts:
-    """Which attentions could be imported, found by name: importing them would take seconds."""
+    """Which attentions could be imported, found by name, and which one a run would use."""
     return {
+        "in use:": _attention_in_use(),
         "FlashAttention 3": importlib.util.find_spec("flash_attn_interface") is not None,
         "FlashAttention 4": _part_exists("flash_attn", "cute"),
         "torch.nn.attention.varlen": _part_exists("torch", "nn/attention/varlen.py"),
         "scaled_dot_product_attention": importlib.util.find_spec("torch") is not None,
     }
+
+
+def _attention_in_use() -> str | None:
+    try:
+        torch, attention = importlib.import_module("torch"), importlib.import_module("pgolf.attention")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return attention.choose_attention("auto", device, torch.bfloat16, 1024)
+    except Exception:  # reported under torch
+        return None
 
 
 def _part_exists(package: str, part: str) -> bool:

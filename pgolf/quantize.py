@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pgolf import ops, rate_budget
 from pgolf.artifact import Artifact, ByteCount, StoredTensor
+from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
 from pgolf.model import LOOKED_UP, Model, ModelConfig, role_of
@@ -21,12 +22,11 @@ from pgolf.settings import Settings, validate
 
 @torch.inference_mode()
 def collect_hessians(
-    model: Model, batches: Iterable[Tensor], ranks: Ranks, seconds_left: Callable[[], float]
+    model: Model, batches: Iterable[MicroBatch], ranks: Ranks, seconds_left: Callable[[], float]
 ) -> dict[str, Tensor]:
     """Sum of x^T x over the inputs x of every matrix: name -> (count, columns, columns) float32, on the CPU.
 
-    `batches` are token rows (rows, length). Stops when a batch like the longest so far would not fit in
-    `seconds_left()`; the first is always taken.
+    Stops when a batch like the longest so far would not fit in `seconds_left()`; the first is always taken.
     """
     device = next(model.parameters()).device
     hessians = {
@@ -48,8 +48,9 @@ def collect_hessians(
         owners[name, index] = first
 
     longest, before = 0.0, seconds_left()
-    for tokens in batches:
-        model(tokens.to(device), observe=observe)
+    for batch in batches:
+        inputs, _, borders, longest_document = batch.to(device)
+        model(inputs, borders, longest_document, observe=observe)
         left = seconds_left()
         longest, before = max(longest, before - left), left
         if ranks.any(left < longest):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
 from pgolf.errors import UserError
 from pgolf.model import Model, role_of
@@ -75,14 +76,14 @@ def quantized_names(model: Model, settings: Settings) -> list[str]:
 
 @torch.inference_mode()
 def measure_rises(
-    model: Model, hessians: dict[str, Tensor], rows: Iterable[Tensor], settings: Settings, ranks: Ranks
+    model: Model, hessians: dict[str, Tensor], rows: Iterable[MicroBatch], settings: Settings, ranks: Ranks
 ) -> dict[str, float]:
-    """R_i by name: what quantising each tensor adds to the mean loss of token rows (rows, length)."""
+    """R_i by name: what quantising each tensor adds to the mean loss of `rows`."""
     device = next(model.parameters()).device
-    batches = [tokens.to(device) for tokens in rows]
+    batches = [batch.to(device) for batch in rows]
 
     def mean_loss() -> float:
-        losses = [model.loss(tokens[:, :-1], tokens[:, 1:]).double() for tokens in batches]
+        losses = [model.loss(b.inputs, b.targets, "mean", b.cu_seqlens, b.max_seqlen).double() for b in batches]
         total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(len(losses)), device=device)]).cpu()
         ranks.sum_(total)
         return (total[0] / total[1]).item()

@@ -35,12 +35,16 @@ SUMMARY_FIELDS = (  # noqa: SIM905
     "val_loss_float val_bpb_float val_loss_quantized val_bpb_quantized val_tokens val_bytes "
     "artifact_bytes code_bytes total_bytes budget_bytes fits_budget bytes_by_role seconds "
     "max_wallclock_seconds wallclock_used_seconds within_wallclock max_eval_seconds within_eval "
-    "compressors_bpb backends fallbacks attention compile dtype interrupted versions"
+    "compressors_bpb backends fallbacks attention compile recompilations dtype interrupted aborted versions"
 ).split()
 
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM came."""
+
+
+class Aborted(PgolfError):
+    """The early validation was worse than ABORT_BPB. The run ends with status 3, its summary written."""
 
 
 class Run:
@@ -65,6 +69,7 @@ class Run:
             max_wallclock_seconds=settings.max_wallclock_seconds,
             max_eval_seconds=settings.max_eval_seconds,
             interrupted=False,
+            aborted=False,
             versions=versions(),
         )
 
@@ -93,6 +98,11 @@ class Run:
             else:
                 self.log("interrupted before training began; nothing to resume")
             sys.exit(128 + (self.signal or signal.SIGTERM))
+        if isinstance(error, Aborted):
+            self.note(aborted=True)
+            self.close()
+            self.log(f"aborted: {error}")
+            sys.exit(3)
         if isinstance(error, PgolfError):
             self._forget()
 

@@ -249,10 +249,10 @@ class Settings(BaseModel):
             self.abort_step > 0 or not self.abort_bpb,
             f"ABORT_BPB={self.abort_bpb:g} needs ABORT_STEP, the step after which it is looked at",
         )
-        context = self.eval_seq_len or self.train_seq_len
         need(
-            self.eval_stride <= context,
-            f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={context}, or tokens would be left out",
+            self.eval_stride <= self.scoring["seq_len"],
+            f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={self.scoring['seq_len']}, "
+            "or tokens would be left out",
         )
         return self
 
@@ -275,6 +275,17 @@ class Settings(BaseModel):
         if not stages or stages[-1][0] < 1:
             stages.append((1.0, self.train_seq_len))
         return stages
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """How the validation split is cut: arguments of `evaluate`, kept in the artifact."""
+        borders = self.bos_id if self.eval_documents else None
+        return {"seq_len": self.eval_seq_len or self.train_seq_len, "stride": self.eval_stride, "bos_id": borders}
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that see each other, at most."""
+        return max(self.train_seq_len, self.scoring["seq_len"])
 
     @property
     def run_folder(self) -> Path:

@@ -1,44 +1,71 @@
-"""The training loop: a hard wall-clock budget, Muon and AdamW, schedule, moving average, checkpoints."""
+"""The training loop: a hard wall-clock budget, Muon and AdamW, schedules, averages, checkpoints.
+
+Between two talks of the ranks nothing waits for the device, and at a talk only for work that lies `LAG` steps back.
+"""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from pgolf.data.loader import TokenLoader
+from pgolf.averaging import make_average
+from pgolf.clock import Clock, Stopwatch
+from pgolf.data.batch import MicroBatch
+from pgolf.data.prefetch import Loader
+from pgolf.data.tokenizer import ByteTable
 from pgolf.distributed import LostProcess, Ranks
 from pgolf.errors import UserError
 from pgolf.evaluate import Score
 from pgolf.files import replacing
+from pgolf.losses import TrainingLoss
+from pgolf.machine import allow_compilations, compilations
 from pgolf.model import Model
-from pgolf.optim import Ema, make_optimisers
-from pgolf.run import CHECKPOINT, Interrupted, Run
+from pgolf.optim import make_optimisers
+from pgolf.qat import FakeQuantize
+from pgolf.run import CHECKPOINT, Aborted, Interrupted, Run
+from pgolf.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
 from pgolf.settings import Settings
+from pgolf.train_log import TrainLog
 
-TALK_SECONDS = 1.0  # the ranks talk about time and signals this often at least, and more often near the end
+LAG = 2  # steps that a GPU may still have before it when the clock is read
+GRAPHS = 64  # of the forward pass, at most: the compiler's own limit is 8, and each phase has one or two
 
 
 class Trainer:
     """Trains `model` in place. The clock counts training steps, and later `spend`, against MAX_WALLCLOCK_SECONDS."""
 
-    def __init__(self, model: Model, loader: TokenLoader, settings: Settings, ranks: Ranks, run: Run):
+    def __init__(
+        self,
+        model: Model,
+        loader: Loader,
+        settings: Settings,
+        ranks: Ranks,
+        run: Run,
+        byte_table: ByteTable | None = None,  # for BYTE_WEIGHTED_LOSS
+    ):
         self.model, self.loader, self.settings, self.ranks, self.run = model, loader, settings, ranks, run
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda")
         # On CPU torch 2.13 cannot compile Muon's row normalisation, and there is nothing to win.
         self.optimisers = make_optimisers(model, settings, ranks, self.compiled and self.device.type == "cuda")
-        self.ema = Ema(self.parameters, settings.ema_decay) if settings.ema_decay else None
-        self.loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if self.compiled else model.loss
-        self.global_rows = settings.train_batch_tokens // settings.train_seq_len
-        self.micro_rows = settings.micro_batch_tokens // settings.train_seq_len
+        self.average = make_average(self.parameters, settings)
+        self.quantized = None if settings.qat == "none" else FakeQuantize(settings, self.device)
+        self.training_loss = TrainingLoss(model, settings, byte_table)
+        self.loss: Callable[..., torch.Tensor] = self.training_loss
+        if self.compiled:
+            allow_compilations(GRAPHS)
+            self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False)
         self.step = 0
         self.used_seconds = 0.0  # of the wall-clock budget
         self.step_seconds = 0.0  # of one step, cautiously
-        if self.global_rows % ranks.world_size:
+        self._enter(0.0)
+        rows = settings.train_batch_tokens // settings.train_seq_len
+        if rows % ranks.world_size:
             raise UserError(
-                f"TRAIN_BATCH_TOKENS={settings.train_batch_tokens} is {self.global_rows} rows of "
+                f"TRAIN_BATCH_TOKENS={settings.train_batch_tokens} is {rows} rows of "
                 f"TRAIN_SEQ_LEN={settings.train_seq_len}, which {ranks.world_size} processes cannot share evenly"
             )
 
@@ -46,26 +73,42 @@ class Trainer:
     def train_limit_seconds(self) -> float:
         return self.settings.max_wallclock_seconds - self.settings.gptq_reserve_seconds
 
+    def _enter(self, used: float) -> None:
+        """Whatever depends on the fraction of the budget that is used; nothing waits for the device."""
+        self.training_loss.set_progress(used)
+        start = fraction_where(self.settings, self.settings.late_qat_threshold)
+        if self.quantized and used >= start:
+            self.quantized.set_progress((used - start) / max(1.0 - start, 1e-9))
+        self._set(phase_at(self.settings, used))
+
+    def _set(self, phase: Phase) -> None:
+        self.phase = phase
+        self.model.looping = phase.looping
+        self.model.fake_quantize = self.quantized if phase.quantized else None
+
     def warm_up(self) -> None:
         """Untimed steps that compile and cache everything; afterwards weights, optimisers and data are as before."""
         weights = [p.detach().clone() for p in self.parameters]
         position = self.loader.state_dict()
-        for _ in range(self.settings.warmup_steps):
-            begin = time.perf_counter()
-            self.take_step(0.0)
-            self._synchronize()
-            self.step_seconds = time.perf_counter() - begin
+        for phase in reversed(phases(self.settings)):  # the first, with which training begins, is timed last
+            self._set(phase)
+            for _ in range(self.settings.warmup_steps):
+                begin = time.perf_counter()
+                self.take_step(0.0)
+                self._synchronize()
+                self.step_seconds = time.perf_counter() - begin
         with torch.no_grad():
             for parameter, weight in zip(self.parameters, weights, strict=True):
                 parameter.copy_(weight)
         self.optimisers.reset()
         self.loader.load_state_dict(position)
         (self.step_seconds,) = self.ranks.agree(self.step_seconds)
+        self._enter(0.0)
 
     def train(self, validate: Callable[[], Score]) -> None:
         """Steps until the iterations or the time for training are used up; the moving average becomes the weights.
 
-        Every VAL_LOSS_EVERY steps `validate()` is called and logged, with the clock stopped.
+        Every VAL_LOSS_EVERY steps and after ABORT_STEP `validate()` is called and logged, with the clock stopped.
         """
         settings, run = self.settings, self.run
         if self.step_seconds > self.train_limit_seconds:
@@ -73,23 +116,27 @@ class Trainer:
                 f"MAX_WALLCLOCK_SECONDS={settings.max_wallclock_seconds:g} is too small for one step: a step takes "
                 f"{self.step_seconds:.2f} s and GPTQ_RESERVE_SECONDS={settings.gptq_reserve_seconds:g} are kept back"
             )
+        graphs = compilations()
         with run.deferring_signals():
             try:
                 self._train(validate)
             except LostProcess as error:
                 raise error.during(f"step {self.step}") from error
-        if self.ema and self.ema.updates:
-            self.ema.copy_to_parameters()
+        run.note(recompilations=compilations() - graphs)
+        self.model.fake_quantize = None
+        if self.average:
+            self.average.copy_to_parameters()
 
     def _train(self, validate: Callable[[], Score]) -> None:
         settings, run, limit = self.settings, self.run, self.train_limit_seconds
-        zero = time.perf_counter() - self.used_seconds  # when the clock would have started, had it never stopped
-        clock = Clock(self.used_seconds, self.step_seconds)
+        watch, clock = Stopwatch(self.device, self.used_seconds), Clock(self.used_seconds, self.step_seconds)
+        marks: deque[Any] = deque(maxlen=LAG + 1 if watch.cuda else 1)  # after each of the latest steps
+        log = TrainLog(run, settings, watch)
         talk_at = self.step
         while True:
             if self.step == talk_at or (run.signal is not None and self.ranks.world_size == 1):
-                self._synchronize()
-                clock.read(time.perf_counter() - zero)
+                if marks:
+                    clock.read(watch.seconds(marks[0]) + (len(marks) - 1) * clock.mean)
                 (elapsed, mean, slowest, steps), signalled = self.ranks.share(
                     clock.elapsed, clock.mean, clock.slowest, clock.steps_ahead(limit), flag=run.signal is not None
                 )
@@ -102,28 +149,52 @@ class Trainer:
                 talk_at = min(self.step + int(steps), settings.iterations)
             begin = time.perf_counter()
             # Between two talks all ranks go by the same guess of the time.
-            scale = lr_scale(settings, self.step, elapsed + (self.step - talked) * mean, limit)
+            used = used_fraction(settings, self.step, elapsed + (self.step - talked) * mean, limit)
+            scale, before = lr_scale(settings, used), self.phase
+            self._enter(used)
+            if self.phase != before:
+                run.log(f"phase: step:{self.step} {self.phase}")
             loss = self.take_step(scale)
             self.step += 1
-            if self.ema:
-                self.ema.update()
+            if self.average:
+                self.average.update(self.step, used)
+            marks.append(watch.mark())
             clock.tick(time.perf_counter() - begin)
-            if settings.train_log_every and (self.step <= 10 or self.step % settings.train_log_every == 0):
-                self._log_step(loss, scale, time.perf_counter() - zero)
-            if settings.val_loss_every and self.step % settings.val_loss_every == 0:
-                self._synchronize()
-                stopped = time.perf_counter()
-                run.log_score(self.step, validate(), stopped - zero)
-                zero += time.perf_counter() - stopped
+            log.add(self.step, loss, scale)
+            if self.step == settings.abort_step or (
+                settings.val_loss_every and self.step % settings.val_loss_every == 0
+            ):
+                log.write_all()
+                clock.read(watch.pause())
+                self._validate(validate, clock.elapsed)
+                marks.clear()
+                watch.resume()
+        log.write_all()
+        (self.used_seconds,) = self.ranks.agree(watch.pause())
         if not steps:
             where = f"step:{self.step}/{settings.iterations}"
-            run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms {where}")
+            run.log(f"stopping_early: wallclock_cap train_time:{1000 * self.used_seconds:.0f}ms {where}")
         self.save()  # what follows can be repeated from here
 
-    def calibration_batches(self) -> Iterator[torch.Tensor]:
-        """Token rows (micro-batch, length) of the next GPTQ_CALIBRATION_BATCHES training batches, this rank's share."""
+    def _validate(self, validate: Callable[[], Score], seconds: float) -> None:
+        """Score the weights as they are, not rounded. `Aborted` after ABORT_STEP if they are worse than ABORT_BPB."""
+        settings, quantized = self.settings, self.model.fake_quantize
+        self.model.fake_quantize = None
+        score = validate()
+        self.model.fake_quantize = quantized
+        self.run.log_score(self.step, score, seconds)
+        if self.step == settings.abort_step and settings.abort_bpb and not score.bpb <= settings.abort_bpb:
+            self.run.note(steps=self.step, train_seconds=seconds, val_loss_float=score.loss, val_bpb_float=score.bpb)
+            raise Aborted(f"step {self.step}: val_bpb {score.bpb:.4f} is above ABORT_BPB={settings.abort_bpb:g}")
+
+    def calibration_batches(self) -> Iterator[MicroBatch]:
+        """Of the next GPTQ_CALIBRATION_BATCHES training batches, this rank's share, on the device."""
         for _ in range(self.settings.gptq_calibration_batches):
-            yield from self.loader.next_batch()[0].split(self.micro_rows)
+            yield from self._micro_batches()
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        batch = self.loader.next_batch().to(self.device)
+        return batch.micro_batches(self.settings.micro_batch_tokens, self.phase.seq_len)
 
     def countdown(self) -> Callable[[], float]:
         """Start the clock again; the result tells how many seconds of the wall-clock budget are left."""
@@ -138,33 +209,18 @@ class Trainer:
     def take_step(self, scale: float) -> torch.Tensor:
         """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
         settings = self.settings
-        inputs, targets = (x.to(self.device, non_blocking=True) for x in self.loader.next_batch())
         total = torch.zeros((), device=self.device)
-        for x, y in zip(inputs.split(self.micro_rows), targets.split(self.micro_rows), strict=True):
-            loss = self.loss(x, y) * (len(x) / self.global_rows)
+        for batch in self._micro_batches():
+            loss = self.loss(*batch) * (batch.targets.numel() / settings.train_batch_tokens)
             loss.backward()
             total += loss.detach()
         warm_up = settings.muon_momentum_warmup_steps
         fraction = min(self.step / warm_up, 1.0) if warm_up else 1.0
         start = settings.muon_momentum_warmup_start
         self.optimisers.set_rates(scale, momentum=start + fraction * (settings.muon_momentum - start))
+        if self.average:
+            self.average.join()
         return self.optimisers.step(total)
-
-    def _log_step(self, loss: torch.Tensor, scale: float, seconds: float) -> None:
-        value = float(loss)
-        self.run.log(
-            f"step:{self.step}/{self.settings.iterations} train_loss:{value:.4f} "
-            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / self.step:.2f}ms"
-        )
-        self.run.metric(
-            "train",
-            step=self.step,
-            train_loss=value,
-            lr_scale=scale,
-            train_seconds=seconds,
-            step_ms=1000 * seconds / self.step,
-            tokens_seen=self.step * self.settings.train_batch_tokens,
-        )
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -178,7 +234,7 @@ class Trainer:
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimisers": optimisers,
-            "ema": {"average": self.ema.average, "updates": self.ema.updates} if self.ema else None,
+            "average": self.average.state_dict() if self.average else None,
             "loader": self.loader.state_dict(),
             "step": self.step,
             "used_seconds": self.used_seconds,
@@ -193,47 +249,10 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimisers.load_state_dict(state["optimisers"])
-            if self.ema:
-                self.ema.average, self.ema.updates = state["ema"]["average"], state["ema"]["updates"]
+            if self.average:
+                self.average.load_state_dict(state["average"])
             self.loader.load_state_dict(state["loader"])
             self.step, self.used_seconds = state["step"], state["used_seconds"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path}: not a checkpoint of these settings ({str(error).splitlines()[0]})") from None
         self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")
-
-
-class Clock:
-    """The training clock as the first rank reads it, and how far ahead it may promise steps."""
-
-    def __init__(self, elapsed: float, step_seconds: float):
-        self.elapsed, self.mean, self.slowest = elapsed, step_seconds, step_seconds  # seconds; the latter two of a step
-        self.steps, self.longest = 0, 0.0  # since the last reading
-
-    def tick(self, seconds: float) -> None:
-        """One more step; `seconds` as the host saw it, which a GPU may exceed."""
-        self.steps, self.longest = self.steps + 1, max(self.longest, seconds)
-
-    def read(self, elapsed: float) -> None:
-        if self.steps:
-            self.mean = (elapsed - self.elapsed) / self.steps
-            # The slowest of late: a step that is begun must end in time, on a busy machine too.
-            self.slowest = max(self.mean, self.longest, 0.9**self.steps * self.slowest)
-        self.elapsed, self.steps, self.longest = elapsed, 0, 0.0
-
-    def steps_ahead(self, limit: float) -> int:
-        """How many steps to take before the ranks talk again; 0 when not even one would end before `limit`.
-
-        They may turn out twice as slow as the slowest of late.
-        """
-        left = limit - self.elapsed
-        if self.slowest > left:
-            return 0
-        return max(1, int(min(TALK_SECONDS, left / 2) / self.slowest)) if self.slowest else 1
-
-
-def lr_scale(settings: Settings, step: int, elapsed_seconds: float, limit_seconds: float) -> float:
-    """1, then over the last WARMDOWN_FRAC of the budget (steps or time) a straight line to 0, MIN_LR at least."""
-    done = max(step / settings.iterations, elapsed_seconds / limit_seconds)
-    if done <= 1.0 - settings.warmdown_frac:
-        return 1.0
-    return max((1.0 - done) / settings.warmdown_frac, settings.min_lr)

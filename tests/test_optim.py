@@ -11,7 +11,7 @@ from torch import nn
 from pgolf import ops
 from pgolf.data.loader import TokenLoader
 from pgolf.model import Model, ModelConfig
-from pgolf.optim import Ema, Muon, make_optimisers
+from pgolf.optim import Muon, make_optimisers
 from pgolf.settings import load_settings
 
 
@@ -200,7 +200,7 @@ def test_muon_beats_adamw_everywhere(tiny_data):
         rates = [group["lr"] for group in adam.param_groups]
         losses = []
         for step in range(80):
-            loss = model.loss(*loader.next_batch())
+            loss = model.loss(*loader.next_batch()[:2])
             loss.backward()
             losses.append(float(loss.detach()))
             scale = min(1.0, (80 - step) / 40)
@@ -224,17 +224,3 @@ def test_every_parameter_has_one_optimiser():
     optimisers = make_optimisers(model, settings)
     owned = [p for o in (optimisers.muon, optimisers.adam) for group in o.param_groups for p in group["params"]]
     assert len(owned) == len({id(p) for p in owned}) == len(list(model.parameters()))
-
-
-def test_moving_average():
-    weight = torch.zeros(3)
-    ema = Ema([weight], decay=0.9)
-    expected = torch.zeros(3)
-    for step in range(1, 200):
-        weight += 1
-        ema.update()
-        decay = min(0.9, step / (step + 9))
-        expected = decay * expected + (1 - decay) * weight
-    ema.copy_to_parameters()
-    torch.testing.assert_close(weight, expected)
-    assert 185 < weight[0] < 199  # about ten steps behind

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pgolf.errors import UserError
-from pgolf.settings import PRESETS, Settings, default_preset, load_settings, validate
+from pgolf.settings import PRESETS, load_settings, validate
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -41,6 +41,19 @@ def test_every_field_is_set_by_its_upper_case_name():
         ({"TRAIN_BATCH_TOKENS": "1000"}, ["TRAIN_BATCH_TOKENS=1000", "TRAIN_SEQ_LEN"]),
         ({"MLP_MULT": "0.501"}, ["MLP_MULT", "whole"]),
         ({"MAX_WALLCLOCK_SECONDS": "1"}, ["MAX_WALLCLOCK_SECONDS=1", "GPTQ_RESERVE_SECONDS"]),
+        ({"EMBED_BITS": "12"}, ["EMBED_BITS=12", "2 to 8, or 16"]),
+        ({"ATTENTION": "flash2"}, ["ATTENTION", "flash2", "sdpa"]),
+        ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "64"]),
+        ({"ROPE_DIMS": "3"}, ["ROPE_DIMS=3", "even"]),
+        ({"NUM_LOOPS": "1", "LOOP_START": "2", "LOOP_END": "3"}, ["LOOP_END=3", "0 to 2"]),
+        ({"NUM_LOOPS": "999", "LOOP_END": "1"}, ["NUM_LOOPS=999", "1000"]),
+        ({"PARALLEL_START_LAYER": "2", "PARALLEL_RESIDUAL_START": "1"}, ["PARALLEL_START_LAYER=2", "only one form"]),
+        ({"PARALLEL_START_LAYER": "3"}, ["PARALLEL_START_LAYER=3", "1 to 2", "second half"]),
+        ({"ATTN_OUT_GATE_ENABLED": "1", "SPARSE_ATTN_GATE_ENABLED": "1"}, ["ATTN_OUT_GATE_ENABLED", "one gate"]),
+        ({"GATE_WINDOW": "300"}, ["GATE_WINDOW=300", "MODEL_DIM"]),
+        ({"VE_LAYERS": "1,3"}, ["VE_LAYERS='1,3'", "below NUM_LAYERS=3"]),
+        ({"VE_LAYERS": "1,1"}, ["VE_LAYERS='1,1'", "different"]),
+        ({"BIGRAM_VOCAB_SIZE": "1"}, ["BIGRAM_VOCAB_SIZE=1", "at least 2"]),
         ({"RUN_ID": "../elsewhere"}, ["RUN_ID", "file name"]),
         ({"TRAIN_SEQ_SCHEDULE": "128"}, ["TRAIN_SEQ_SCHEDULE=128", "LENGTH@FRACTION"]),
         ({"TRAIN_SEQ_SCHEDULE": "128@0.5,64@0.4"}, ["'64@0.4'", "larger than the one before"]),
@@ -87,16 +100,6 @@ def test_unrelated_variables_are_left_alone():
 def test_unknown_field_in_a_settings_file_is_named():
     with pytest.raises(UserError, match="colour: no such setting"):
         validate({"colour": 1})
-
-
-def test_without_gpu_or_fineweb_the_default_is_the_demo(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert default_preset(cuda=False) == default_preset(cuda=True) == "demo"
-    shards = tmp_path / Settings().data_path
-    shards.mkdir(parents=True)
-    (shards / "fineweb_train_000000.bin").touch()
-    assert default_preset(cuda=True) == "baseline"
-    assert default_preset(cuda=False) == "demo"
 
 
 def test_run_ids_are_made_from_time_preset_and_seed():

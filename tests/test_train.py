@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from pgolf.artifact import read_artifact, write_artifact
+from pgolf.clock import Clock
+from pgolf.data.batch import MicroBatch
 from pgolf.data.loader import TokenLoader
 from pgolf.data.shards import write_shard
 from pgolf.distributed import Ranks
@@ -16,8 +18,9 @@ from pgolf.errors import ArtifactError, UserError
 from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
 from pgolf.run import Interrupted
-from pgolf.settings import Settings, load_settings
-from pgolf.train import Clock, Trainer, lr_scale
+from pgolf.schedule import lr_scale, used_fraction
+from pgolf.settings import load_settings
+from pgolf.train import Trainer
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -53,6 +56,9 @@ class SilentRun:
 
     def log_score(self, step, score, train_seconds):
         self.scored.append(step)
+
+    def note(self, **values):
+        self.noted = {**getattr(self, "noted", {}), **values}
 
     def deferring_signals(self):
         return contextlib.nullcontext()
@@ -199,9 +205,10 @@ def test_checkpoint_continues_exactly(trainer):
     whole.train(no_score)
     first = trainer(ITERATIONS="6")
     for _ in range(3):
-        first.take_step(lr_scale(first.settings, first.step, 0.0, first.train_limit_seconds))
+        used = used_fraction(first.settings, first.step, 0.0, first.train_limit_seconds)
+        first.take_step(lr_scale(first.settings, used))
         first.step += 1
-        first.ema.update()
+        first.average.update(first.step, used)
     first.save()
     second = trainer(ITERATIONS="6")
     second.warm_up()
@@ -221,26 +228,18 @@ def test_a_damaged_checkpoint_is_one_line(trainer, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_learning_rate_falls_by_steps_or_by_time_whichever_ends_first():
-    settings = Settings(iterations=100, warmdown_frac=0.5, min_lr=0.1)
-    assert lr_scale(settings, 0, 0.0, 60.0) == lr_scale(settings, 50, 30.0, 60.0) == 1.0
-    assert lr_scale(settings, 75, 0.0, 60.0) == lr_scale(settings, 0, 45.0, 60.0) == pytest.approx(0.5)
-    assert lr_scale(settings, 100, 0.0, 60.0) == lr_scale(settings, 0, 61.0, 60.0) == pytest.approx(0.1)
-    assert lr_scale(Settings(warmdown_frac=0.0), 19_999, 0.0, 1.0) == 1.0
-
-
 def test_hessians_are_the_second_moments_of_the_inputs(trainer):
     model = trainer().model
-    batches = [torch.randint(64, (2, 16)) for _ in range(3)]
+    batches = [MicroBatch(torch.randint(64, (2, 16)), torch.zeros(2, 16)) for _ in range(3)]
     hessians = collect_hessians(model, iter(batches), ALONE, lambda: 1e9)
     expected = {name: torch.zeros_like(h) for name, h in hessians.items()}
-    for tokens in batches:
+    for batch in batches:
 
         def add(name, index, x):
             flat = x.detach().reshape(-1, x.size(-1))
             expected[name][index] += flat.T @ flat
 
-        model(tokens, observe=add)
+        model(batch.inputs, observe=add)
     assert hessians.keys() == {"embedding", "qo_bank", "kv_bank", "up_bank", "down_bank"}
     for name, hessian in hessians.items():
         torch.testing.assert_close(hessian, expected[name], rtol=1e-4, atol=1e-3)
@@ -250,7 +249,7 @@ def test_calibration_takes_one_batch_and_stops_when_time_is_up(trainer):
     t = trainer()
     taken = []
     clock = itertools.count(0, -10)
-    batches = (taken.append(1) or torch.randint(64, (2, 16)) for _ in range(5))
+    batches = (taken.append(1) or MicroBatch(torch.randint(64, (2, 16)), torch.zeros(2, 16)) for _ in range(5))
     hessians = collect_hessians(t.model, batches, ALONE, lambda: 5.0 + next(clock))
     assert len(taken) == 1
     assert float(hessians["embedding"].diagonal(dim1=1, dim2=2).sum()) == pytest.approx(32 * 32, rel=0.01)

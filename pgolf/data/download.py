@@ -34,6 +34,7 @@ class Variant:
 
 VARIANTS = {
     "sp1024": Variant("willdepueoai/parameter-golf", "fineweb10B_sp1024"),
+    "sp4096": Variant("kevclark/parameter-golf", "fineweb10B_sp4096"),
     "sp8192": Variant("kevclark/parameter-golf", "fineweb10B_sp8192"),
     "caseops": Variant("romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"),
 }

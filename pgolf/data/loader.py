@@ -1,29 +1,34 @@
-"""Batches of tokens for training, and rows of tokens for scoring.
+"""Batches of tokens for training: windows of the shards.
 
-A training row is a window of `seq_len + 1` tokens of one shard. Windows stand `seq_len` apart, so that within an epoch
-no token is a target twice; in every epoch they begin at another random offset in each shard and come in another random
-order. All of it follows from (seed, epoch), which is why a position is two numbers and a run can be resumed with
-any number of processes. Windows that an epoch has left over open the next batch; nothing is dropped.
+A window is `seq_len + 1` tokens of one shard. Windows stand `seq_len` apart, so that within an epoch no token is a
+target twice; in every epoch they begin at another random offset in each shard and come in another order: `shuffled`, or
+by a stride that has no divisor in common with their number (`coprime`), which visits each once too, needs no table, and
+by the golden ratio takes of every shard its share in every batch. All of it follows from (seed, epoch), which is why a
+position is two numbers and a run can be resumed with any number of processes. Windows that an epoch has left over open
+the next batch; nothing is dropped.
 """
 
+import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from pgolf.data.batch import Batch
 from pgolf.data.shards import read_shard
 from pgolf.errors import DataError, UserError
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class TokenLoader:
     """Endless batches from token shards.
 
     The global batch is the same rows in the same order for every world size; rank r gets the r-th contiguous part.
-    Errors: `UserError` when `batch_tokens` does not divide into whole rows for every rank; `DataError` when no shard
-    holds one window, or a batch meets a token that is not below `vocab_size`.
+    Errors: `UserError` when `batch_tokens` does not divide into whole rows for every rank; `DataError` when a shard is
+    empty, none holds one window, or a batch meets a token that is not below `vocab_size`.
     """
 
     def __init__(
@@ -36,22 +41,18 @@ class TokenLoader:
         world_size: int = 1,
         *,
         vocab_size: int | None = None,
+        order: Literal["shuffled", "coprime"] = "shuffled",
     ):
-        if seq_len < 1 or batch_tokens < 1 or batch_tokens % (seq_len * world_size):
-            raise UserError(
-                f"a batch of {batch_tokens} tokens is not a whole number of rows of {seq_len} tokens for each of "
-                f"{world_size} processes; accepted are multiples of {seq_len * world_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} is outside 0..{world_size - 1}")
+        check_shares(batch_tokens, seq_len, rank, world_size)
         self.seq_len = seq_len
         self.seed = seed
         self.vocab_size = vocab_size
+        self.order = order
         self.rows = batch_tokens // seq_len
         self._first_row = rank * (self.rows // world_size)
         self._last_row = self._first_row + self.rows // world_size
         self._paths = list(shards)
-        self._tokens = [read_shard(path) for path in self._paths]
+        self._tokens = open_shards(self._paths)
         if not any(len(tokens) > seq_len for tokens in self._tokens):
             sizes = ", ".join(f"{path} has {len(t)}" for path, t in zip(self._paths[:3], self._tokens[:3], strict=True))
             raise DataError(
@@ -59,10 +60,10 @@ class TokenLoader:
             )
         self._epoch = 0
         self._position = 0  # windows of this epoch already given out, over all ranks
-        self._shard_of, self._start_of = self._windows(0)
+        self._begin_epoch(0)
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """(inputs, targets), both int64 (rows of this rank, seq_len) on the CPU; targets are one token later."""
+    def next_batch(self) -> Batch:
+        """Inputs and targets, both int64 (rows of this rank, seq_len) on the CPU; targets are one token later."""
         shard_of, start_of = self._take(self.rows)
         mine = slice(self._first_row, self._last_row)
         batch = np.stack(
@@ -73,13 +74,10 @@ class TokenLoader:
         )
         if self.vocab_size is not None and int(batch.max()) >= self.vocab_size:
             row, column = (int(index) for index in np.argwhere(batch >= self.vocab_size)[0])
-            path = self._paths[int(shard_of[mine][row])]
-            raise DataError(
-                f"{path}: token {int(batch[row, column])} at index {int(start_of[mine][row]) + column}, "
-                f"but the vocabulary has {self.vocab_size} pieces"
-            )
+            path, index = self._paths[int(shard_of[mine][row])], int(start_of[mine][row]) + column
+            raise outside_vocabulary(path, int(batch[row, column]), index, self.vocab_size)
         tokens = torch.from_numpy(batch.astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers, the same on every rank."""
@@ -88,61 +86,93 @@ class TokenLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken, at any world size.
 
-        `DataError` when the state belongs to other shards, another row length or another seed.
+        `DataError` when the state belongs to other shards, another row length, another order or another seed.
         """
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise DataError(f"cannot resume the data order: {name} was {state.get(name)} and is now {mine}")
-        self._epoch = int(state["epoch"])
+        check_identity(state, self._identity())
+        if state["epoch"] != self._epoch:
+            self._begin_epoch(int(state["epoch"]))
         self._position = int(state["position"])
-        self._shard_of, self._start_of = self._windows(self._epoch)
 
     def _identity(self) -> dict[str, Any]:
-        return {"seed": self.seed, "seq_len": self.seq_len, "shard_tokens": [len(tokens) for tokens in self._tokens]}
+        sizes = [len(tokens) for tokens in self._tokens]
+        return {"loader": self.order, "seed": self.seed, "seq_len": self.seq_len, "shard_tokens": sizes}
 
-    def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, first token) of every window of `epoch` in the order of training: int32 (w,) and int64 (w,)."""
-        random = np.random.default_rng((abs(self.seed), int(self.seed < 0), epoch))
-        shards, starts = [], []
+    def _begin_epoch(self, epoch: int) -> None:
+        """Draw where the windows of each shard begin, and the order of all."""
+        self._epoch = epoch
+        random = generator(self.seed, epoch)
+        shards, phases, counts = [], [], []
         for shard, tokens in enumerate(self._tokens):
-            if len(tokens) <= self.seq_len:
-                continue
-            phase = random.integers(min(self.seq_len, len(tokens) - self.seq_len))
-            first = np.arange(phase, len(tokens) - self.seq_len, self.seq_len, dtype=np.int64)
-            starts.append(first)
-            shards.append(np.full(len(first), shard, dtype=np.int32))
-        order = random.permutation(sum(map(len, starts)))
-        return np.concatenate(shards)[order], np.concatenate(starts)[order]
+            if len(tokens) > self.seq_len:
+                shards.append(shard)
+                phases.append(random.integers(min(self.seq_len, len(tokens) - self.seq_len)))
+                counts.append(-((phases[-1] - len(tokens) + self.seq_len) // self.seq_len))
+        self._shards, self._phases = np.array(shards), np.array(phases)
+        self._ends = np.cumsum(counts)  # windows of the shards up to each, and including it
+        self._windows = int(self._ends[-1])
+        self._window_at = (
+            _shuffled(random, self._windows) if self.order == "shuffled" else _coprime(random, self._windows)
+        )
 
     def _take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` windows, over as many epochs as that needs."""
+        """(shard, first token) of the next `count` windows, over as many epochs as that needs: int64 (count,)."""
         shards, starts = [], []
         while count:
-            if self._position == len(self._start_of):
-                self._epoch += 1
+            if self._position == self._windows:
+                self._begin_epoch(self._epoch + 1)
                 self._position = 0
-                self._shard_of, self._start_of = self._windows(self._epoch)
-            part = slice(self._position, self._position + count)
-            shards.append(self._shard_of[part])
-            starts.append(self._start_of[part])
-            self._position += len(starts[-1])
-            count -= len(starts[-1])
+            part = min(count, self._windows - self._position)
+            window = self._window_at(np.arange(self._position, self._position + part))
+            index = np.searchsorted(self._ends, window, side="right")
+            within = window - np.where(index > 0, self._ends[index - 1], 0)
+            shards.append(self._shards[index])
+            starts.append(self._phases[index] + within * self.seq_len)
+            self._position += part
+            count -= part
         return np.concatenate(shards), np.concatenate(starts)
 
 
-def sequential_rows(
-    tokens: Tensor,  # (n,) integer
-    seq_len: int,
-    rows_at_once: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows for scoring, in order: (inputs, targets), int64 (up to `rows_at_once`, seq_len), targets one token later.
+def _shuffled(random: np.random.Generator, count: int) -> Callable[[np.ndarray], np.ndarray]:
+    order = random.permutation(count)
+    return lambda positions: order[positions]
 
-    Every token but the first is a target exactly once: what does not fill a row comes last, as one shorter row.
-    """
-    full_rows = max(len(tokens) - 1, 0) // seq_len
-    for row in range(0, full_rows, rows_at_once):
-        first, last = row * seq_len, min(row + rows_at_once, full_rows) * seq_len
-        yield tokens[first:last].long().view(-1, seq_len), tokens[first + 1 : last + 1].long().view(-1, seq_len)
-    tail = full_rows * seq_len
-    if tail < len(tokens) - 1:
-        yield tokens[tail:-1].long().view(1, -1), tokens[tail + 1 :].long().view(1, -1)
+
+def _coprime(random: np.random.Generator, count: int) -> Callable[[np.ndarray], np.ndarray]:
+    first, stride = int(random.integers(count)), max(1, round(GOLDEN_RATIO * count))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return lambda positions: (first + positions * stride) % count
+
+
+def generator(seed: int, *numbers: int) -> np.random.Generator:
+    """Random numbers that follow from `seed`, of either sign, and `numbers`, 0 or more."""
+    return np.random.default_rng((abs(seed), int(seed < 0), *numbers))
+
+
+def open_shards(paths: Sequence[str | os.PathLike[str]]) -> list[np.ndarray]:
+    """The tokens of all shards, memory-mapped; `DataError` names one that is empty."""
+    tokens = [read_shard(path) for path in paths]
+    for path, shard in zip(paths, tokens, strict=True):
+        if not len(shard):
+            raise DataError(f"{path}: no tokens; a training shard holds some (was its making or download cut short?)")
+    return tokens
+
+
+def check_shares(batch_tokens: int, seq_len: int, rank: int, world_size: int) -> None:
+    if seq_len < 1 or batch_tokens < 1 or batch_tokens % (seq_len * world_size):
+        raise UserError(
+            f"a batch of {batch_tokens} tokens is not a whole number of rows of {seq_len} tokens for each of "
+            f"{world_size} processes; accepted are multiples of {seq_len * world_size}"
+        )
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank {rank} is outside 0..{world_size - 1}")
+
+
+def check_identity(state: dict[str, Any], mine: dict[str, Any]) -> None:
+    for name, value in mine.items():
+        if state.get(name) != value:
+            raise DataError(f"cannot resume the data order: {name} was {state.get(name)} and is now {value}")
+
+
+def outside_vocabulary(path: str | os.PathLike[str], token: int, index: int, vocab_size: int) -> DataError:
+    return DataError(f"{path}: token {token} at index {index}, but the vocabulary has {vocab_size} pieces")

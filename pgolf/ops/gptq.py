@@ -198,7 +198,7 @@ def row_scale(bank: Tensor, clip_sigmas: float, limit: int) -> Tensor:
     """The float16 scale (B, M) of every row of `bank` (B, M, N)."""
     flat = bank.reshape(-1, bank.shape[-1])
     at_once = len(flat) if flat.is_cuda else max(1, (1 << 17) // flat.shape[1])  # rows that stay in a CPU's cache
-    deviation = torch.cat([_deviation(rows) for rows in flat.split(at_once)])
+    deviation = torch.cat([row_deviation(rows) for rows in flat.split(at_once)])
     scale = clip_sigmas * deviation / limit
     level = deviation == 0
     if level.any():
@@ -212,7 +212,7 @@ def row_scale(bank: Tensor, clip_sigmas: float, limit: int) -> Tensor:
     return scale
 
 
-def _deviation(rows: Tensor) -> Tensor:
+def row_deviation(rows: Tensor) -> Tensor:
     """The standard deviation of each row (R, N), exactly 0 for a row of equal numbers, NaN for NaN and infinity."""
     shifted = rows - rows[:, :1]
     shifted -= shifted.mean(dim=1, keepdim=True)

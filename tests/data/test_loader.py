@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pgolf.data.loader import TokenLoader, sequential_rows
+from pgolf.data.loader import TokenLoader
 from pgolf.data.shards import write_shard
 from pgolf.errors import DataError, UserError
 
@@ -25,7 +23,8 @@ def take(loader: TokenLoader, batches: int) -> torch.Tensor:
 
 def test_shapes_and_targets(tmp_path):
     loader = TokenLoader(make_shards(tmp_path, 100, 57), seq_len=8, batch_tokens=32, seed=1)
-    inputs, targets = loader.next_batch()
+    inputs, targets, starts = loader.next_batch()
+    assert starts is None
     assert inputs.shape == targets.shape == (4, 8)
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.is_contiguous()
@@ -33,10 +32,11 @@ def test_shapes_and_targets(tmp_path):
     assert torch.equal(targets, inputs + 1)  # within one shard, one token later
 
 
-def test_an_epoch_shows_each_target_once_and_drops_no_window(tmp_path):
+@pytest.mark.parametrize("order", ["shuffled", "coprime"])
+def test_an_epoch_shows_each_target_once_and_drops_no_window(tmp_path, order):
     sizes, seq_len = (100, 9, 8, 57), 8  # the third holds no window
-    loader = TokenLoader(make_shards(tmp_path, *sizes), seq_len, batch_tokens=seq_len, seed=3)
-    windows = len(loader._start_of)
+    loader = TokenLoader(make_shards(tmp_path, *sizes), seq_len, batch_tokens=seq_len, seed=3, order=order)
+    windows = loader._windows
     starts = take(loader, windows)[:, 0].tolist()
     assert loader.state_dict()["epoch"] == 0
     targets = [start + 1 + i for start in starts for i in range(seq_len)]
@@ -52,12 +52,11 @@ def test_epochs_differ_in_order_and_phase(tmp_path):
     loader = TokenLoader(make_shards(tmp_path, 1000), 10, batch_tokens=10, seed=0)
     phases, orders = set(), set()
     for _ in range(6):
-        starts = loader._start_of.tolist()
+        starts = loader._take(loader._windows)[1].tolist()
         phases.add(min(starts))
         orders.add(tuple(starts))
         assert starts != sorted(starts)
         assert all((start - min(starts)) % 10 == 0 for start in starts)
-        take(loader, len(starts))
         take(loader, 1)
         loader._position -= 1  # stand at the beginning of the epoch again
     assert len(phases) > 1
@@ -74,6 +73,18 @@ def test_the_global_batch_is_the_same_at_any_world_size(tmp_path, world_size):
         parts = [rank.next_batch() for rank in ranks]
         assert torch.equal(whole[0], torch.cat([part[0] for part in parts]))
         assert torch.equal(whole[1], torch.cat([part[1] for part in parts]))
+
+
+def test_a_coprime_stride_takes_its_share_of_every_shard_in_every_batch(tmp_path):
+    sizes = (1000, 3000, 500, 2500)
+    loader = TokenLoader(make_shards(tmp_path, *sizes), 10, batch_tokens=320, seed=5, order="coprime")
+    for _ in range(loader._windows // 32):
+        first = loader.next_batch().inputs[:, 0]
+        counts = torch.histc(first.float(), bins=14, min=0, max=7000).view(14)
+        shares = [counts[:2].sum(), counts[2:8].sum(), counts[8:9].sum(), counts[9:].sum()]
+        for share, size in zip(shares, sizes, strict=True):
+            assert abs(float(share) - 32 * size / 7000) < 4
+    assert loader.state_dict()["epoch"] == 0
 
 
 def test_seeds_differ(tmp_path):
@@ -105,6 +116,7 @@ def test_a_state_of_other_data_is_refused(tmp_path):
         (TokenLoader(shards, 16, 64, seed=8), "seed"),
         (TokenLoader(shards, 32, 64, seed=7), "seq_len"),
         (TokenLoader(shards[:1], 16, 64, seed=7), "shard_tokens"),
+        (TokenLoader(shards, 16, 64, seed=7, order="coprime"), "loader"),
     ):
         with pytest.raises(DataError, match=f"{name} was"):
             loader.load_state_dict(state)
@@ -112,7 +124,7 @@ def test_a_state_of_other_data_is_refused(tmp_path):
 
 def test_little_data_repeats(tmp_path):
     loader = TokenLoader(make_shards(tmp_path, 9), 8, batch_tokens=80, seed=0)
-    inputs, _ = loader.next_batch()
+    inputs = loader.next_batch().inputs
     assert torch.equal(inputs, torch.arange(8).expand(10, 8))
 
 
@@ -121,6 +133,8 @@ def test_too_little_data_is_refused(tmp_path):
         TokenLoader(make_shards(tmp_path, 8), 8, batch_tokens=8, seed=0)
     with pytest.raises(DataError, match="no training shard"):
         TokenLoader([], 8, batch_tokens=8, seed=0)
+    with pytest.raises(DataError, match=r"x_train_000001.bin: no tokens"):
+        TokenLoader(make_shards(tmp_path, 100, 0), 8, batch_tokens=8, seed=0)
 
 
 def test_tokens_outside_the_vocabulary_are_refused_where_they_stand(tmp_path):
@@ -140,24 +154,3 @@ def test_tokens_outside_the_vocabulary_are_refused_where_they_stand(tmp_path):
 def test_batches_that_do_not_divide_are_refused(tmp_path, seq_len, batch_tokens, rank, world_size):
     with pytest.raises(UserError):
         TokenLoader(make_shards(tmp_path, 100), seq_len, batch_tokens, 0, rank, world_size)
-
-
-@settings(deadline=None)
-@given(count=st.integers(2, 200), seq_len=st.integers(1, 40), rows=st.integers(1, 7))
-def test_sequential_rows_score_every_token_but_the_first_once(count, seq_len, rows):
-    tokens = torch.randint(0, 1000, (count,), dtype=torch.int32)
-    inputs, targets = [], []
-    for x, y in sequential_rows(tokens, seq_len, rows):
-        assert x.shape == y.shape
-        assert x.dtype == y.dtype == torch.int64
-        assert 1 <= len(x) <= rows
-        assert x.shape[1] <= seq_len
-        inputs.append(x.flatten())
-        targets.append(y.flatten())
-    assert torch.equal(torch.cat(targets), tokens[1:].long())
-    assert torch.equal(torch.cat(inputs), tokens[:-1].long())
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_nothing_to_score(count):
-    assert list(sequential_rows(torch.zeros(count, dtype=torch.int32), 4, 2)) == []
