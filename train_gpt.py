@@ -57,9 +57,9 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
     run.log(f"fused_glue:{','.join(sorted(model.fused)) or 'none'}")
 
-    def score(scored: Model) -> Score:
-        split = data.val_tokens, data.val_token_bytes
-        return evaluate(scored, *split, batch_tokens=settings.val_batch_size, ranks=ranks, **settings.scoring)
+    def score(scored: Model, **changes: int) -> Score:
+        how = {**settings.scoring, **changes, "batch_tokens": settings.val_batch_size, "ranks": ranks}
+        return evaluate(scored, data.val_tokens, data.val_token_bytes, **how)
 
     # Train, then calibrate with what is left of the wall-clock budget
     with run.timed("warmup"):
@@ -67,7 +67,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     if settings.resume:
         trainer.load()
     before = trainer.used_seconds
-    trainer.train(validate=lambda: score(model))
+    trainer.train(validate=lambda: score(model, stride=0))  # on the way without overlap, to save time
     run.seconds["train"] = trainer.used_seconds - before
     with run.timed("calibration"):
         seconds_left, rises = trainer.countdown(), {}
@@ -106,6 +106,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
             with run.timed("pack"):
                 write_artifact(artifact_path, tensors, metadata)
     ranks.wait()
+    ranks.agree_file(artifact_path)
 
     # Score the weights as trained, then the file alone
     with run.timed("evaluate_float"):

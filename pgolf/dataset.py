@@ -39,6 +39,8 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
         if ranks.first:
             prepare_demo("data")
         ranks.wait()
+        if not Path(DEMO_TOKENIZER_PATH).exists():  # on another machine
+            prepare_demo("data")
     tokenizer = Tokenizer(settings.tokenizer_path)
     if tokenizer.vocab_size != settings.vocab_size:
         raise DataError(

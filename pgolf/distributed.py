@@ -3,9 +3,11 @@
 import contextlib
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pgolf.errors import PgolfError, UserError
+from pgolf.files import make_folder, replacing
 
 PATIENCE = timedelta(hours=1)  # of `Ranks.wait`, while the first rank prepares data or packs the artifact
 # New names since torch 2.13; gloo has both as well as NCCL.
@@ -75,9 +78,9 @@ class Ranks:
         """`out` (world_size, n), flat or not, becomes all ranks' `of` (n,)."""
         return self._begin(_all_gather, out, of)
 
-    def _begin(self, collective: Any, *tensors: Tensor) -> Pending:
+    def _begin(self, collective: Any, *arguments: Any) -> Pending:
         with _lost_peers_told(self.rank):
-            return Pending(self.rank, collective(*tensors, async_op=True))
+            return Pending(self.rank, collective(*arguments, async_op=True))
 
     def share(self, *numbers: float, flag: bool = False) -> tuple[list[float], bool]:
         """The first rank's numbers, and whether `flag` is set on any rank, in one message of CPU numbers, so that no
@@ -96,6 +99,28 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
         return self.share(flag=flag)[1]
+
+    def agree_bytes(self, content: bytes) -> bytes:
+        """The first rank's, on every rank."""
+        if self.world_size == 1:
+            return content
+        (size,) = self.agree(len(content))
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if self.first:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        self._begin(dist.broadcast, buffer, 0).wait()
+        return buffer.numpy().tobytes()
+
+    def agree_file(self, path: Path) -> None:
+        """Where the file at `path` is missing or another, on another machine for instance, write the first rank's."""
+        mine = path.read_bytes() if path.exists() else b""
+        same = self.agree(len(mine), zlib.crc32(mine)) == [len(mine), zlib.crc32(mine)]
+        if self.any(not same):
+            content = self.agree_bytes(mine)
+            if not same:
+                make_folder(path.parent)
+                with replacing(path) as file:
+                    file.write(content)
 
     def wait(self) -> None:
         """Until every rank is here, however long one of them works alone."""

@@ -4,6 +4,7 @@ bpb = sum of nats / ln 2 / sum of bytes. Every token of the split but the very f
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +59,26 @@ def evaluate(
     totals = torch.stack((nats.cpu(), torch.tensor(count, dtype=torch.float64)))
     ranks.sum_(totals)
     return Score(nats=float(totals[0]), tokens=int(totals[1]), bytes=int(token_bytes[1:].sum()))
+
+
+def log_probs(
+    model: Model,
+    tokens: Tensor,
+    seq_len: int,
+    batch_tokens: int,
+    ranks: Ranks,
+    *,
+    stride: int = 0,
+    bos_id: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `evaluate` scores, with the whole distribution: this rank's targets (n,) int64 in the order of the text and
+    ln p (n, vocab_size) float32, on the model's device, a batch at a time. Ranks have consecutive parts of the text."""
+    device = next(model.parameters()).device
+    batches = ScoringBatches(tokens, seq_len, batch_tokens, stride, bos_id, ranks.rank, ranks.world_size)
+    for batch, scored in progress(batches, "scoring", len(batches), unit="batch"):
+        with torch.inference_mode():
+            inputs, targets, borders, longest = batch.to(device)
+            places = scored.to(device)
+            logits = model(inputs, borders, longest).flatten(0, 1)[places]
+            found = targets.flatten()[places], model.capped(logits).log_softmax(-1)
+        yield found

@@ -5,6 +5,7 @@ line by line.
 """
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -51,7 +52,8 @@ class Run:
     """Use as a context: it opens the folder, catches the two signals, and leaves a valid summary and report behind."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
-        self.settings, self.ranks, self.folder = settings, ranks, settings.run_folder
+        self.settings, self.ranks = settings, ranks
+        self.folder = Path(os.fsdecode(ranks.agree_bytes(os.fsencode(settings.run_folder))))  # its name has the time
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.summary: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)

@@ -13,6 +13,10 @@ class Phase:
     looping: bool
     quantized: bool
 
+    @property
+    def line(self) -> str:
+        return f"seq_len:{self.seq_len} looping:{self.looping} quantized:{self.quantized}"
+
 
 def used_fraction(settings: Settings, step: int, elapsed_seconds: float, limit_seconds: float) -> float:
     """Of ITERATIONS or of the time, whichever runs out first; 0 to 1."""

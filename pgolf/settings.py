@@ -26,7 +26,7 @@ class Settings(BaseModel):
     preset: str = "baseline"
     run_id: str = ""  # "" becomes <time>-<preset>-s<seed>
     out_dir: str = "runs"
-    resume: str = ""  # the folder of an interrupted run
+    resume: str = ""  # the folder of an interrupted run, which several machines must share
 
     # data
     data_path: str = FINEWEB["sp1024"]  # folder of *_train_*.bin and *_val_*.bin shards

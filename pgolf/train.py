@@ -153,7 +153,7 @@ class Trainer:
             scale, before = lr_scale(settings, used), self.phase
             self._enter(used)
             if self.phase != before:
-                run.log(f"phase: step:{self.step} {self.phase}")
+                run.log(f"phase: step:{self.step} {self.phase.line}")
             loss = self.take_step(scale)
             self.step += 1
             if self.average:

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from pgolf.cli import main
+from pgolf.cli import main, scoring_of
+from pgolf.errors import PgolfError
 from pgolf.settings import PRESETS
 from pgolf.size import code_files, entropy_bits
 
@@ -91,6 +92,19 @@ def test_a_damaged_artifact_is_one_line(tmp_path, capsys, tiny_data):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "model.pgolf" in error
+
+
+def test_an_artifact_is_scored_as_it_wants_or_as_the_line_says():
+    stored = {"seq_len": 64, "stride": 16, "bos_id": 1}
+    assert scoring_of(stored, None, None) == stored
+    assert scoring_of(stored, 32, None) == {"seq_len": 32, "stride": 0, "bos_id": 1}
+    assert scoring_of(stored, 32, 8) == {"seq_len": 32, "stride": 8, "bos_id": 1}
+    assert scoring_of(None, 32, None) == {"seq_len": 32, "stride": 0, "bos_id": None}
+    for wrong in (None, 7, {}, {"seq_len": 0}, {"seq_len": True}, {"seq_len": 8, "stride": 9}, {"seq_len": 8, "x": 1}):
+        with pytest.raises(PgolfError, match=r"--seq-len|--stride|metadata"):
+            scoring_of(wrong, None, None)
+    with pytest.raises(PgolfError, match="metadata"):
+        scoring_of({**stored, "bos_id": [1]}, None, None)
 
 
 def test_the_command_needs_no_torch_to_say_what_is_wrong(tmp_path):

@@ -1,4 +1,4 @@
-"""Scoring: every token once, the tail included, the same result however the rows are cut or shared."""
+"""Scoring: every token once, the same result however windows are cut into batches or shared."""
 
 import math
 
@@ -6,53 +6,99 @@ import pytest
 import torch
 
 from pgolf.distributed import Ranks
-from pgolf.evaluate import evaluate
+from pgolf.evaluate import evaluate, log_probs
 from pgolf.model import Model, ModelConfig
 from pgolf.settings import load_settings
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
+BOS = 1
 
 
 @pytest.fixture(scope="module")
 def model():
-    environ = {"PRESET": "demo", "MODEL_DIM": "32", "NUM_LAYERS": "2", "VOCAB_SIZE": "50"}
-    config = ModelConfig.of(load_settings(environ))
-    return Model(config).initialise(torch.Generator().manual_seed(0))
+    environ = {"PRESET": "demo", "MODEL_DIM": "32", "NUM_LAYERS": "2", "VOCAB_SIZE": "50", "SMEAR_GATE_ENABLED": "1"}
+    model = Model(ModelConfig.of(load_settings(environ))).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():  # so that attention and SmearGate do something
+        for parameter in (model.qo_bank, model.smear_gate, model.smear_lambda):
+            parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(1))
+    return model
 
 
 def make_tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
-    return torch.randint(50, (count,), generator=generator), torch.randint(1, 6, (count,), generator=generator)
+    tokens = torch.randint(2, 50, (count,), generator=generator)
+    tokens[torch.rand(count, generator=generator) < 0.05] = BOS
+    return tokens, torch.randint(1, 6, (count,), generator=generator)
 
 
-@pytest.mark.parametrize("count", [2, 16, 17, 18, 100, 129])
-def test_sums_equal_a_plain_loop(model, count):
+def nats_of(model: Model, row: torch.Tensor, new: int) -> float:
+    """Of the last `new` targets of a row by itself."""
+    return float(model.loss(row[None, :-1], row[None, 1:], reduction="none")[0, -new:].detach().double().sum())
+
+
+@pytest.mark.parametrize(("count", "stride"), [(2, 0), (17, 0), (18, 0), (129, 0), (100, 16), (131, 5), (77, 1)])
+def test_sums_equal_a_plain_loop(model, count, stride):
     tokens, token_bytes = make_tokens(count)
-    score = evaluate(model, tokens, token_bytes, 16, 64, Ranks(0, 1, CPU))
-    nats = 0.0
-    for start in range(0, count - 1, 16):
-        row = tokens[start : start + 17].long()
-        losses = model.loss(row[None, :-1], row[None, 1:], reduction="none").detach()
-        nats += float(losses.double().sum())
+    score = evaluate(model, tokens, token_bytes, 16, 64, ALONE, stride=stride)
+    end = min(16, count - 1)
+    nats = nats_of(model, tokens[: end + 1], end)
+    while end < count - 1:
+        new = min(stride or 16, count - 1 - end)
+        end += new
+        nats += nats_of(model, tokens[end - 16 : end + 1], new)
     assert score.tokens == count - 1
     assert score.bytes == int(token_bytes[1:].sum())
-    assert math.isclose(score.nats, nats, rel_tol=1e-6)
-    assert math.isclose(score.bpb, nats / math.log(2) / score.bytes, rel_tol=1e-6)
-    assert math.isclose(score.loss, nats / (count - 1), rel_tol=1e-6)
+    assert math.isclose(score.nats, nats, rel_tol=1e-5)
+    assert math.isclose(score.bpb, nats / math.log(2) / score.bytes, rel_tol=1e-5)
+    assert math.isclose(score.loss, nats / (count - 1), rel_tol=1e-5)
 
 
-def test_batch_size_does_not_matter(model):
+@pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
+def test_each_document_scores_as_it_does_alone(model, batch_tokens):
+    tokens, token_bytes = make_tokens(300)
+    starts = sorted({0, *(tokens[:-1] == BOS).nonzero()[:, 0].tolist()})
+    nats = sum(
+        nats_of(model, tokens[a : b + 1], b - a) for a, b in zip(starts, [*starts[1:], len(tokens) - 1], strict=True)
+    )
+    score = evaluate(model, tokens, token_bytes, 400, batch_tokens, ALONE, bos_id=BOS)
+    assert score.tokens == 299
+    assert math.isclose(score.nats, nats, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("bos_id", [None, BOS])
+def test_more_context_and_other_batches_change_little(model, bos_id):
     tokens, token_bytes = make_tokens(200)
-    scores = [evaluate(model, tokens, token_bytes, 16, batch, Ranks(0, 1, CPU)).nats for batch in (1, 16, 48, 4096)]
+    scores = [
+        evaluate(model, tokens, token_bytes, 16, batch, ALONE, stride=4, bos_id=bos_id).nats
+        for batch in (1, 16, 48, 4096)
+    ]
     assert max(scores) - min(scores) < 1e-3
     assert all(math.isfinite(score) for score in scores)
 
 
-def test_the_shares_of_the_ranks_add_up(model, monkeypatch):
+@pytest.mark.parametrize(("stride", "bos_id"), [(0, None), (3, None), (5, BOS)])
+def test_the_number_of_processes_does_not_matter(model, monkeypatch, stride, bos_id):
     tokens, token_bytes = make_tokens(331)
-    whole = evaluate(model, tokens, token_bytes, 16, 32, Ranks(0, 1, CPU))
+
+    def score(ranks: Ranks):
+        return evaluate(model, tokens, token_bytes, 16, 64, ranks, stride=stride, bos_id=bos_id)
+
+    whole = score(ALONE)
     monkeypatch.setattr(Ranks, "sum_", lambda self, *tensors: None)
     for world_size in (2, 3, 16):
-        parts = [evaluate(model, tokens, token_bytes, 16, 32, Ranks(r, world_size, CPU)) for r in range(world_size)]
+        parts = [score(Ranks(rank, world_size, CPU)) for rank in range(world_size)]
         assert sum(part.tokens for part in parts) == whole.tokens
-        assert math.isclose(sum(part.nats for part in parts), whole.nats, rel_tol=1e-6)
+        assert math.isclose(sum(part.nats for part in parts), whole.nats, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("bos_id", [None, BOS])
+def test_log_probabilities_come_in_the_order_of_the_text_and_add_up_to_the_score(model, bos_id):
+    tokens, token_bytes = make_tokens(150)
+    arguments = {"seq_len": 16, "batch_tokens": 50, "stride": 4, "bos_id": bos_id}
+    found = [batch for rank in range(2) for batch in log_probs(model, tokens, ranks=Ranks(rank, 2, CPU), **arguments)]
+    targets, probabilities = (torch.cat(parts) for parts in zip(*found, strict=True))
+    assert torch.equal(targets, tokens[1:])
+    torch.testing.assert_close(probabilities.exp().sum(-1), torch.ones(149))
+    nats = -float(probabilities.gather(1, targets[:, None]).double().sum())
+    assert math.isclose(nats, evaluate(model, tokens, token_bytes, ranks=ALONE, **arguments).nats, rel_tol=1e-5)

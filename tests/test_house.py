@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LONGEST_FILE = 500  # lines
+LONGEST_FILE = {"pgolf": 400, "csrc": 500, "triton_kernels": 500, "bench": 500, "tests": 500}  # lines
 
 
 def module_name(path: Path) -> str:
@@ -108,11 +108,11 @@ def test_native_sources_know_neither_torch_nor_python():
 
 def test_the_story_is_short_and_files_keep_one_noun():
     assert len((ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()) < 200
-    for folder in ("pgolf", "csrc", "triton_kernels", "bench", "tests"):
+    for folder, longest in LONGEST_FILE.items():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".cu", ".h"):
                 lines = len(path.read_text(encoding="utf-8").splitlines())
-                assert lines <= LONGEST_FILE, f"{path.relative_to(ROOT)}: {lines} lines; two nouns in one file?"
+                assert lines <= longest, f"{path.relative_to(ROOT)}: {lines} lines; two nouns in one file?"
 
 
 def test_every_public_operation_is_there():

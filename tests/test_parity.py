@@ -11,7 +11,6 @@ import torch
 
 from pgolf.import_checkpoint import convert
 from pgolf.model import Model, ModelConfig
-from pgolf.model.softcap import softcap
 from pgolf.settings import load_settings
 
 SMALL = {"MODEL_DIM": "64", "VOCAB_SIZE": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2"}
@@ -37,7 +36,7 @@ def pair(system: str, width: str):
 def compare(theirs, ours, tokens, targets, **documents):
     with torch.inference_mode():
         expected = theirs(tokens, targets, **documents)
-        logits = softcap(ours(tokens, **documents), ours.config.logit_softcap)
+        logits = ours.capped(ours(tokens, **documents))
         torch.testing.assert_close(logits, theirs.forward_logits(tokens, **documents), rtol=0, atol=1e-4)
         loss = ours.loss(tokens, targets, **documents)
         torch.testing.assert_close(loss, expected.float(), rtol=0, atol=1e-4)

@@ -37,6 +37,10 @@ def test_a_model_has_the_parameters_that_its_size_tells():
         assert sum(p.numel() for p in Model(config).parameters()) == config.parameters()
 
 
+def test_the_record_has_its_mask_on():
+    assert load_settings({"PRESET": "record"}).smear_gate_bos_fix
+
+
 def tiny_settings(preset, tiny_environ, folder):
     values = PRESETS[preset]
     small = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pgolf.artifact import read_artifact, write_artifact
+from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
 from pgolf.errors import UserError
 from pgolf.model import Model, ModelConfig, role_of
@@ -41,7 +42,7 @@ def tiny():
                 count, n = len(parameter) if parameter.ndim == 3 else 1, parameter.shape[-1]
                 x = torch.randn(count, 2 * n, n) * (torch.rand(n) + 0.2)
                 hessians[name] = x.mT @ x
-    rows = [torch.randint(300, (16, 32)) for _ in range(2)]
+    rows = [MicroBatch(torch.randint(300, (16, 31)), torch.randint(300, (16, 31))) for _ in range(2)]
     return model, hessians, rows, settings
 
 

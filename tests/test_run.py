@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pgolf.artifact import read_artifact
 from pgolf.data.tokenizer import train_tokenizer
@@ -119,14 +121,53 @@ def test_a_stranger_gets_the_same_score(finished):
     assert json.loads(result.stdout)["val_bpb"] == pytest.approx(summary_of(folder)["val_bpb_quantized"], abs=2e-3)
 
 
-def test_two_processes_give_the_score_of_one(finished, tmp_path, tiny_environ):
-    result = run_script(tmp_path, {**tiny_environ, "RUN_ID": "two"}, processes=2)
-    assert result.returncode == 0, result.stderr
-    one, two = summary_of(finished[0]), summary_of(tmp_path / "two")
+def test_two_machines_give_the_score_of_one_process(finished, tmp_path, tiny_environ):
+    """`torchrun --nnodes=2`: two agents on this machine, which share no folder but the data's."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # for a free port
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{server.port}"]
+    options += ["--rdzv_conf=is_host=0", "--local_addr=127.0.0.1"]
+    nodes = [tmp_path / name for name in ("a", "b")]
+    processes = []
+    for node in nodes:
+        node.mkdir()
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT)],
+                env={**os.environ, "PYTHONPATH": str(ROOT), **tiny_environ, "RUN_ID": "two"},
+                cwd=node,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, other = sorted((node / "runs" / "two" for node in nodes), key=lambda f: len(list(f.iterdir())), reverse=True)
+    assert [path.name for path in other.iterdir()] == ["model.pgolf"]  # sent to be scored
+    assert (other / "model.pgolf").read_bytes() == (first / "model.pgolf").read_bytes()
+    one, two = summary_of(finished[0]), summary_of(first)
     assert two["world_size"] == 2
     for name in ("val_bpb_float", "val_bpb_quantized"):
         assert two[name] == pytest.approx(one[name], abs=1e-3)
     assert (two["val_tokens"], two["val_bytes"]) == (one["val_tokens"], one["val_bytes"])
+
+
+def test_a_run_that_begins_badly_ends_with_a_line_and_a_summary(tmp_path, tiny_environ, monkeypatch, capsys):
+    folder = tmp_path / "runs" / "bad"
+    environ = {"OUT_DIR": str(tmp_path / "runs"), "RUN_ID": "bad", "ABORT_STEP": "2", "ABORT_BPB": "0.5"}
+    with pytest.raises(SystemExit) as end:
+        run_here({**tiny_environ, **environ}, tmp_path, monkeypatch)
+    assert end.value.code == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"aborted: step 2: val_bpb \d\.\d{4} is above ABORT_BPB=0\.5", lines[-1])
+    summary = summary_of(folder)
+    assert (summary["aborted"], summary["steps"], summary["val_bpb_quantized"]) == (True, 2, None)
+    assert summary["val_bpb_float"] > 0.5
+    assert (folder / "report.html").exists()
 
 
 def interrupt(folder: Path, environ: dict[str, str], number: int, after: str) -> tuple[int, str]:
@@ -258,8 +299,8 @@ def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path):
     assert run.signal == signal.SIGTERM
 
 
-def assert_refused(environ: dict[str, str], named: str, folder: Path, monkeypatch, capsys) -> None:
-    """Run the script's main in this process and look at its last words."""
+def run_here(environ: dict[str, str], folder: Path, monkeypatch) -> int:
+    """Run the script's main in this process."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(ROOT))
     import train_gpt
@@ -268,10 +309,14 @@ def assert_refused(environ: dict[str, str], named: str, folder: Path, monkeypatc
         monkeypatch.setenv(name, value)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        assert train_gpt.main() == 2
+        return train_gpt.main()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def assert_refused(environ: dict[str, str], named: str, folder: Path, monkeypatch, capsys) -> None:
+    assert run_here(environ, folder, monkeypatch) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1, message
     assert message.startswith("train_gpt.py: ")

@@ -148,10 +148,12 @@ def test_soft_rounding_goes_from_identity_to_rounding_and_has_its_own_gradient()
     clipped = (bank.detach() / scale).abs() > 32
     assert clipped.any()
     assert (bank.grad[clipped] == 0).all()
-    assert float((out - rtn(bank.detach(), torch.empty(0), 6, 2.0, 0.0).dequantize()).abs().max()) <= float(scale.max())
+    assert float((out.detach() - rtn(bank.detach(), torch.empty(0), 6, 2.0, 0.0).dequantize()).abs().max()) <= float(
+        scale.max()
+    )
 
 
-SMALL = {"PRESET": "demo", "VOCAB_SIZE": "64", "MODEL_DIM": "32", "NUM_LAYERS": "2", "DTYPE": "float32"}
+SMALL = {"PRESET": "demo", "VOCAB_SIZE": "64", "MODEL_DIM": "32", "NUM_LAYERS": "1", "DTYPE": "float32"}
 
 
 def make_model(**environ) -> tuple[Model, Settings]:
@@ -164,27 +166,16 @@ def make_model(**environ) -> tuple[Model, Settings]:
 
 
 @pytest.mark.parametrize("form", ["ste", "soft_round"])
-def test_the_switch_is_alive_under_the_compiler(form):
-    """In the #549 lineage it was not: the branch had been traced once, as off (#2072)."""
+def test_the_switch_changes_the_loss(form):  # under the compiler too: test_train.py
     model, settings = make_model(QAT=form, MATRIX_BITS="2", MATRIX_CLIP_SIGMAS="2")
-    fake = FakeQuantize(settings, CPU)
-    rows = torch.randint(0, 64, (2, 17))
-    loss = TrainingLoss(model, settings)
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, backend="eager", fullgraph=True, dynamic=False)
-    seen = []
+    fake, rows, seen = FakeQuantize(settings, CPU), torch.randint(0, 64, (2, 17)), []
     for quantize, progress in ((None, 0), (fake, 0.1), (fake, 0.9), (None, 0)):
         model.fake_quantize = quantize
         fake.set_progress(progress)
-        seen.append(float(compiled(rows[:, :-1], rows[:, 1:]).detach()))
-        assert seen[-1] == float(loss(rows[:, :-1], rows[:, 1:]).detach())
+        seen.append(float(model.loss(rows[:, :-1], rows[:, 1:]).detach()))
     assert abs(seen[1] - seen[0]) > 1e-4
     assert seen[3] == seen[0]
     assert (seen[1] == seen[2]) == (form == "ste")
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    model.fake_quantize = fake
-    compiled(rows[:, :-1], rows[:, 1:])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # both were there already
 
 
 # Losses
@@ -208,7 +199,7 @@ def test_bytes_weigh_tokens():
         weight = max(1, int(bytes_of[target]) + int(spaces[target] and not borders[before]))
         nats += weight * float(every[row, column, target])
         total += weight
-    assert float(found) == pytest.approx(nats / total, rel=1e-5)
+    assert float(found.detach()) == pytest.approx(nats / total, rel=1e-5)
     with pytest.raises(ValueError, match="byte_table"):
         TrainingLoss(model, settings)
 
@@ -230,5 +221,5 @@ def test_further_tokens_are_asked_of_the_same_logits_within_a_document(ahead):
     for used, weight in ((0.0, 0.5), (0.6, 0.2), (1.0, 0.0)):
         loss.set_progress(used)
         expected = mean(0) + weight * sum(mean(step) for step in range(1, min(ahead, 15) + 1))
-        assert float(loss(rows[:, :-1], rows[:, 1:])) == pytest.approx(expected, rel=1e-4)
-    assert math.isclose(mean(0), float(model.loss(rows[:, :-1], rows[:, 1:])), rel_tol=1e-5)
+        assert float(loss(rows[:, :-1], rows[:, 1:]).detach()) == pytest.approx(expected, rel=1e-4)
+    assert math.isclose(mean(0), float(model.loss(rows[:, :-1], rows[:, 1:]).detach()), rel_tol=1e-5)

@@ -1,23 +1,29 @@
 """The training loop's parts: schedule, budget, warm-up, micro-batches, calibration."""
 
 import contextlib
+import functools
 import itertools
+import math
 import time
 
 import numpy as np
 import pytest
 import torch
 
+from pgolf import train
 from pgolf.artifact import read_artifact, write_artifact
-from pgolf.clock import Clock
+from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
+from pgolf.data.documents import DocumentLoader
 from pgolf.data.loader import TokenLoader
+from pgolf.data.prefetch import Prefetcher
 from pgolf.data.shards import write_shard
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
+from pgolf.evaluate import Score
 from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
-from pgolf.run import Interrupted
+from pgolf.run import Aborted, Interrupted
 from pgolf.schedule import lr_scale, used_fraction
 from pgolf.settings import load_settings
 from pgolf.train import Trainer
@@ -66,16 +72,19 @@ class SilentRun:
 
 @pytest.fixture
 def trainer(tmp_path):
-    """trainer(ITERATIONS="3") -> a Trainer on random tokens that repeat with period 7."""
-    write_shard(tmp_path / "x_train_000000.bin", np.arange(2000) * 5 % 7)
+    """trainer(ITERATIONS="3") -> a Trainer on tokens with period 7; those of LOADER=documents have period 10."""
+    shards = [tmp_path / "x_train_000000.bin"]
+    write_shard(shards[0], np.arange(2000) * 5 % 7)
+    documents = [tmp_path / "documents_train_000000.bin"]
+    write_shard(documents[0], np.arange(2000) % 10 + 1)
 
-    def make(**environ) -> Trainer:
+    def make(device=CPU, **environ) -> Trainer:
         settings = load_settings({**TINY, **environ})
-        loader = TokenLoader(
-            [tmp_path / "x_train_000000.bin"], settings.train_seq_len, settings.train_batch_tokens, 1, vocab_size=64
-        )
+        loader = TokenLoader(shards, settings.train_seq_len, settings.train_batch_tokens, 1, vocab_size=64)
+        if settings.loader == "documents":
+            loader = DocumentLoader(documents, settings.bos_id, settings.train_batch_tokens, 1, vocab_size=64)
         model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(1))
-        return Trainer(model, loader, settings, ALONE, SilentRun(tmp_path))
+        return Trainer(model.to(device), Prefetcher(loader, device), settings, Ranks(0, 1, device), SilentRun(tmp_path))
 
     return make
 
@@ -226,6 +235,144 @@ def test_a_damaged_checkpoint_is_one_line(trainer, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint") as error:
         t.load()
     assert "\n" not in str(error.value)
+
+
+STAGES = {
+    "ITERATIONS": "12",
+    "LOADER": "documents",
+    "TRAIN_SEQ_SCHEDULE": "6@0.5",
+    "NUM_LOOPS": "1",
+    "LOOP_END": "0",
+    "ENABLE_LOOPING_AT": "0.25",
+    "QAT": "soft_round",
+    "LATE_QAT_THRESHOLD": "0.5",
+    "WARMDOWN_FRAC": "0.5",
+}
+
+
+def test_what_a_run_goes_through_is_compiled_in_warm_up(trainer, monkeypatch):
+    """Sequence length, depth recurrence and rounding change on the way, the compiler has seen all of it, and each
+    change does something: in the #549 lineage a late switch was dead code, traced once as off (#2072)."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    t = trainer(**STAGES, COMPILE="on", NUM_LAYERS="1", MATRIX_BITS="3")
+    before = weights(t)
+    t.warm_up()
+    assert torch.equal(weights(t), before)
+    lengths, compiled = [], t.loss
+
+    def count(*batch):
+        _, _, borders, longest = batch
+        lengths.append((longest, int(borders.diff().max()), t.model.looping, t.model.fake_quantize is not None))
+        loss = compiled(*batch)
+        assert torch.equal(loss, t.training_loss(*batch))
+        for switch, other in (("looping", False), ("fake_quantize", None)):
+            with monkeypatch.context() as patch:
+                if getattr(t.model, switch):
+                    patch.setattr(t.model, switch, other)
+                    assert float(t.training_loss(*batch) - loss) != 0.0
+        return loss
+
+    t.loss = count
+    t.train(no_score)
+    assert t.run.noted["recompilations"] == 0
+    assert [phase for phase, _ in itertools.groupby(lengths)] == [
+        (6, 6, False, False),
+        (6, 6, True, False),
+        (16, 10, True, False),  # documents of 10
+        (16, 10, True, True),
+    ]
+    assert [line.split()[1] for line in t.run.lines if line.startswith("phase: ")] == ["step:3", "step:6", "step:9"]
+    assert t.model.looping
+    assert t.model.fake_quantize is None
+
+
+def test_stages_are_resumed_where_they_were(trainer):
+    environ = {**STAGES, "EMA_DECAY": "0", "SWA_EVERY": "2", "MTP_TOKENS": "1"}
+    whole = trainer(**environ)
+    whole.train(no_score)
+    first = trainer(**environ)
+    take_step, calls = first.take_step, itertools.count(1)
+
+    def step(scale):
+        first.run.signal = 15 if next(calls) == 10 else None
+        return take_step(scale)
+
+    first.take_step = step
+    with pytest.raises(Interrupted):
+        first.train(no_score)
+    second = trainer(**environ)
+    second.warm_up()
+    second.load()
+    assert (second.step, second.average.updates) == (10, 1)
+    second.train(no_score)
+    torch.testing.assert_close(weights(second), weights(whole), rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_that_begins_badly_is_aborted(trainer):
+    score = Score(nats=80.0 * math.log(2), tokens=50, bytes=40)  # 2 bits a byte
+    t = trainer(ITERATIONS="9", ABORT_STEP="4", ABORT_BPB="1.99", QAT="ste")
+    with pytest.raises(Aborted, match=r"^step 4: val_bpb 2\.0000 is above ABORT_BPB=1\.99$"):
+        t.train(lambda: score if t.model.fake_quantize is None else no_score())
+    assert (t.step, t.run.scored) == (4, [4])
+    assert (t.run.noted["steps"], t.run.noted["val_bpb_float"]) == (4, pytest.approx(2.0))
+    for bpb in ("2.01", "0"):
+        t = trainer(ITERATIONS="6", ABORT_STEP="4", ABORT_BPB=bpb)
+        t.train(lambda: score)
+        assert (t.step, t.run.scored) == (6, [4])
+    t = trainer(ITERATIONS="9", ABORT_STEP="4", ABORT_BPB="3")
+    with pytest.raises(Aborted, match="val_bpb nan"):
+        t.train(lambda: Score(nats=math.nan, tokens=50, bytes=40))
+
+
+class SlowDevice(Stopwatch):
+    """A clock as on a GPU: a mark passes only when two later ones are set, or when it is waited for."""
+
+    def __init__(self, device, seconds=0.0):
+        self.waited, self.marks = [], []
+        super().__init__(device, seconds)
+        self.cuda = True
+
+    def mark(self):
+        self.marks.append(time.perf_counter())
+        return len(self.marks) - 1
+
+    def seconds(self, mark):
+        self.waited.append(len(self.marks) - 1 - mark)
+        return self.seconds_before + self.marks[mark] - self.marks[self.begin]
+
+    def passed(self, mark):
+        return len(self.marks) > mark + 2
+
+
+def test_the_host_waits_only_for_what_lies_steps_back(trainer, monkeypatch):
+    watches = []
+    monkeypatch.setattr(train, "Stopwatch", lambda *args: watches.append(SlowDevice(*args)) or watches[-1])
+    t = trainer(ITERATIONS="60", TRAIN_LOG_EVERY="7")
+    t.warm_up()
+    t.train(no_score)
+    (watch,) = watches
+    *during, last = watch.waited[:-2]  # the end waits for everything
+    assert len(during) > 10
+    assert min([*during, last]) >= 2
+    steps = [int(line.split("/")[0].removeprefix("step:")) for line in t.run.lines if line.startswith("step:")]
+    assert steps == [*range(1, 11), *range(14, 60, 7)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_waited_for_at_no_step_and_nothing_is_compiled_after_warm_up(trainer, monkeypatch):
+    settings = {**STAGES, "ITERATIONS": "40", "MODEL_DIM": "64", "DTYPE": "bfloat16", "TRAIN_LOG_EVERY": "5"}
+    t = trainer(torch.device("cuda", torch.cuda.current_device()), **settings)
+    assert t.compiled
+    t.warm_up()
+    monkeypatch.setattr(t, "save", lambda: None)  # it copies to the host
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        t.train(no_score)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert t.step == 40
+    assert t.run.noted["recompilations"] == 0
 
 
 def test_hessians_are_the_second_moments_of_the_inputs(trainer):

@@ -2,10 +2,10 @@
 
 A window is `seq_len + 1` tokens of one shard. Windows stand `seq_len` apart, so that within an epoch no token is a
 target twice; in every epoch they begin at another random offset in each shard and come in another order: `shuffled`, or
-by a stride that has no divisor in common with their number (`coprime`), which visits each once too, needs no table, and
-by the golden ratio takes of every shard its share in every batch. All of it follows from (seed, epoch), which is why a
-position is two numbers and a run can be resumed with any number of processes. Windows that an epoch has left over open
-the next batch; nothing is dropped.
+by a stride that has no divisor in common with their number (`coprime`, after #726), which visits each once too, needs
+no table, and by the golden ratio takes of every shard its share in every batch. All of it follows from (seed, epoch),
+which is why a position is two numbers and a run can be resumed with any number of processes. Windows that an epoch has
+left over open the next batch; nothing is dropped.
 """
 
 import math

@@ -30,17 +30,10 @@ class Prefetcher:
         self.loader, self.device = loader, device
         self._state = loader.state_dict()
         self._ahead: deque[Future[tuple[Batch, dict[str, Any], Any]]] = deque()
-        # A new thread would begin on the first GPU, which is another rank's.
-        self._thread = ThreadPoolExecutor(1, "prefetch", torch.cuda.set_device if self._cuda else None, self._where)
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
-
-    @property
-    def _cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def _where(self) -> tuple[Any, ...]:
-        return (self.device,) if self._cuda else ()
+        self._thread, self._stream = ThreadPoolExecutor(1, "prefetch"), None
+        if device.type == "cuda":  # a new thread would begin on the first GPU, which is another rank's
+            self._thread = ThreadPoolExecutor(1, "prefetch", torch.cuda.set_device, (device,))
+            self._stream = torch.cuda.Stream(device)
 
     def next_batch(self) -> Batch:
         """The next batch, on the device."""

@@ -154,5 +154,11 @@ class ModelConfig:
             shapes["softcaps"] = (2,)  # of positive and of negative logits
         return shapes
 
+    def weights_met(self, looping: bool) -> int:
+        """Weights of matrices that a token is multiplied with on its way, those of looped layers each time."""
+        dim, kv_dim = self.model_dim, self.num_kv_heads * self.head_dim
+        layer = 2 * dim * dim + 2 * kv_dim * dim + 2 * self.hidden_dim * dim
+        return self.vocab_size * dim + layer * len(self.visits(looping))
+
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())

@@ -18,7 +18,7 @@ from pgolf.model.norm import norm
 from pgolf.model.residual import merge_lanes, mix_with_embedding, route_to_lanes
 from pgolf.model.rotary import rotary_tables, rotate, score_scale
 from pgolf.model.smear_gate import smear
-from pgolf.model.softcap import asymmetric_softcap
+from pgolf.model.softcap import asymmetric_softcap, softcap
 from pgolf.model.stream import FusedStream, Stream
 from pgolf.model.value_embedding import value_embedding
 from pgolf.model.xsa import exclude_self
@@ -110,9 +110,14 @@ class Model(nn.Module):
         logits = self(tokens, cu_seqlens, max_seqlen)
         if not self.caps_differ:
             return ops.softcapped_cross_entropy(logits, targets, self.config.logit_softcap, reduction)
-        capped = asymmetric_softcap(logits.float(), self.softcaps)
-        loss = F.cross_entropy(capped.flatten(0, -2), targets.long().flatten(), reduction=reduction)
+        loss = F.cross_entropy(self.capped(logits).flatten(0, -2), targets.long().flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits after the soft-cap, in float32: what probabilities are made of."""
+        if self.caps_differ:
+            return asymmetric_softcap(logits.float(), self.softcaps)
+        return softcap(logits.float(), self.config.logit_softcap)
 
     def _embed(self, tokens: Tensor, embedding: Tensor, documents: Documents) -> Tensor:
         """The first layer's input, (rows, length, dim)."""

@@ -206,7 +206,7 @@ def test_manifests_that_cannot_be_used(tmp_path, remote, change, message):
 
 def test_wrong_requests(tmp_path, remote, monkeypatch):
     hub = FolderHub(remote)
-    with pytest.raises(UserError, match="unknown variant 'sp4097'; accepted are sp1024, sp8192, caseops"):
+    with pytest.raises(UserError, match="unknown variant 'sp4097'; accepted are sp1024, sp4096, sp8192, caseops"):
         download("sp4097", tmp_path / "data", 1, hub)
     with pytest.raises(UserError, match="-1 training shards"):
         download("sp1024", tmp_path / "data", -1, hub)

@@ -90,6 +90,8 @@ def test_layers_run_in_the_records_order(small_config):
     assert [visit.layer for visit in config.visits(looping=False)] == list(range(11))
     assert sum(visit.skip is not None for visit in config.visits(looping=False)) == 5
     assert len(ModelConfig.of(load_settings({"PRESET": "recurrent8"})).visits(looping=True)) == 29
+    # 35.9 and 53.2 million weights met a token, of which the records' utilisation is reckoned
+    assert [round(config.weights_met(looping) / 1e6, 1) for looping in (False, True)] == [35.9, 53.2]
 
 
 def test_banks_are_fake_quantised_once_a_pass_and_gradients_go_through(random_model):
@@ -121,9 +123,10 @@ def test_caps_of_either_sign(random_model):
     tokens, targets = torch.randint(64, (2, 2, 9))
     with torch.no_grad():
         model.softcaps.fill_(model.config.logit_softcap)
-        same = model.loss(tokens, targets, "none")
+        same, capped = model.loss(tokens, targets, "none"), model.capped(model(tokens))
         model.caps_differ = True
         torch.testing.assert_close(model.loss(tokens, targets, "none"), same)
+        torch.testing.assert_close(model.capped(model(tokens)), capped)
         model.softcaps.copy_(torch.tensor([2.0, 0.5]))
         z = model(tokens)
         capped = torch.where(z > 0, 2.0 * torch.tanh(z / 2.0), 0.5 * torch.tanh(z / 0.5))
