@@ -25,7 +25,7 @@ from pgolf.errors import PgolfError
 from pgolf.evaluate import Score, evaluate
 from pgolf.evaluate_ngram import evaluate_ngram
 from pgolf.machine import compute_dtype, keep_freed_memory
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Model, ModelConfig, choose_fused_glue
 from pgolf.packed_code import code_bytes, raw_code_bytes
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize_within_budget
 from pgolf.rate_budget import PROBE_ROWS, measure_rises
@@ -51,11 +51,13 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     config = ModelConfig.of(settings)
     model = Model(config, dtype).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
     model.attention = choose_attention(settings.attention, ranks.device, dtype, settings.longest_text)
+    model.fused = choose_fused_glue(settings.fused_glue, ranks.device)
     trainer = Trainer(model, loader, settings, ranks, run, data.tokenizer.byte_table())
     precision = str(dtype).removeprefix("torch.")
     run.note(parameters=config.parameters(), attention=model.attention, compile=trainer.compiled, dtype=precision)
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
     run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
+    run.log(f"fused_glue:{','.join(sorted(model.fused)) or 'none'}")
 
     def score(scored: Model, **changes: int) -> Score:
         how = {**settings.scoring, **changes, "batch_tokens": settings.val_batch_size, "ranks": ranks}

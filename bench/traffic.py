@@ -4,6 +4,7 @@ A product reads each operand and writes its result once. What our kernels move i
 products of the device's library are counted by that rule. `python bench/static_report.py` prints the table.
 """
 
+import re
 from dataclasses import dataclass
 
 import aot
@@ -49,6 +50,35 @@ def schemes() -> list[Scheme]:
         Scheme("softcapped_cross_entropy", loss, LOGITS, "logits read twice", loss_twice, LOGITS),
         Scheme("softcapped_cross_entropy", loss, LOGITS, "floor: logits once in, once out", 2 * LOGITS, LOGITS),
         Scheme("linear_softcapped_cross_entropy", chunks, X + 2 * HEAD, "product, then loss", two_steps, X + LOGITS),
+        *_glue_schemes(kernels),
+    ]
+
+
+# What torch.compile of the model's plain functions moves and keeps, in X, as compiled_traffic.py counts it.
+COMPILED_X = {
+    "add": (9, 1),
+    "mix": (13, 3),
+    "add + mix": (15, 3),
+    "add + mix + skip": (18, 4),
+    "qk_norm_rope": (19.3, 2.6),
+    "xsa_gate": (12.3, 1.5),
+}
+
+
+def _glue_schemes(kernels: dict[str, int]) -> list[Scheme]:
+    def scheme(label: str, compiled: str, saved: float, form: str) -> Scheme:
+        moved = sum(size for name, size in kernels.items() if re.fullmatch(form, name))
+        others = (round(count * X) for count in COMPILED_X[compiled])
+        return Scheme(label, moved, round(saved * X), "compiled plain functions", *others)
+
+    shape = f"bf16 {TOKENS}x{SIZE}"
+    return [
+        *(
+            scheme(f"residual_rms_norm {form}", form, saved, f"residual_rms_norm {re.escape(form)} \\w+ {shape}")
+            for form, saved in (("add", 1), ("mix", 2), ("add + mix", 3), ("add + mix + skip", 4))
+        ),
+        scheme("qk_norm_rope", "qk_norm_rope", 1.5, r"qk_norm_rope \w+ .*, 16 rotate"),
+        scheme("xsa_gate", "xsa_gate", 1.5, r"xsa_gate \w+ bf16.*"),
     ]
 
 

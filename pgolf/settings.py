@@ -160,6 +160,7 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "flash3", "flash4", "varlen", "sdpa", "plain"] = "auto"
+    fused_glue: Literal["auto", "on", "off"] = "auto"  # what runs between matrix products: pgolf/model/glue.py
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on where there is a GPU
     process_timeout_seconds: float = Field(300.0, gt=0)  # for an answer of another process; longer than it compiles
 

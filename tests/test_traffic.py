@@ -7,7 +7,7 @@ import traffic
 
 
 def test_the_promised_ratios():
-    mlp, loss_twice, loss_floor, head = traffic.schemes()
+    mlp, loss_twice, loss_floor, head, *glue = traffic.schemes()
     assert mlp.bytes_moved == pytest.approx(3.435e9, rel=1e-3)
     assert mlp.other_bytes == pytest.approx(3.838e9, rel=1e-3)
     assert mlp.ratio <= 0.90
@@ -15,6 +15,9 @@ def test_the_promised_ratios():
     assert loss_twice.ratio < 0.68
     assert 1 <= loss_floor.ratio <= 1.05
     assert head.ratio < 0.05
+    x = traffic.X
+    assert [scheme.bytes_moved / x for scheme in glue] == pytest.approx([8, 10, 12, 15, 7.5, 6.6], rel=0.02)
+    assert all(scheme.ratio < 0.9 and scheme.saved_ratio <= 1 for scheme in glue)
     lines = traffic.text_table()
     assert len({len(line.rstrip()) for line in lines}) == 1
     assert "0.895x" in lines[1]

@@ -28,6 +28,14 @@ class Variant:
     debug: bool = False  # device assertions are compiled in
 
 
+def signature(kernel: Any, constexprs: dict[str, Any], **types: str) -> dict[str, str]:
+    """Types of a kernel's arguments: those named, else bfloat16 for pointers and int32 for numbers."""
+    return {
+        name: "constexpr" if name in constexprs else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+
+
 @lru_cache
 def architecture(device: torch.device) -> int:
     """90 for compute capability 9.0; 0 on a CPU, where only the interpreter runs."""
@@ -35,3 +43,10 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def programs(device: torch.device, blocks: int, per_multiprocessor: int) -> int:
+    """Size of the grid of a kernel whose programs go over many blocks each."""
+    if device.type != "cuda":
+        return min(blocks, 2)  # the interpreter: a few, so that each has several
+    return min(blocks, per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count)

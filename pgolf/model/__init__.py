@@ -6,8 +6,9 @@ and adds no operation.
 """
 
 from pgolf.model.config import LOOKED_UP, ModelConfig, role_of
+from pgolf.model.glue import choose_fused_glue
 from pgolf.model.model import Model, Observer
 from pgolf.model.norm import norm
 from pgolf.model.rotary import rotate
 
-__all__ = ["LOOKED_UP", "Model", "ModelConfig", "Observer", "norm", "role_of", "rotate"]
+__all__ = ["LOOKED_UP", "Model", "ModelConfig", "Observer", "choose_fused_glue", "norm", "role_of", "rotate"]

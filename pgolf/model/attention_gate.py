@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gate_heads(
-    y: Tensor,  # (rows, length, heads, head_dim)
-    source: Tensor,  # (rows, length, dim)
-    weight: Tensor,  # (heads, window)
-    gain: float = 1.0,
-    scale: float = 1.0,
-) -> Tensor:
-    """y · gain · σ(scale · W source[:window])."""
-    gate = torch.sigmoid(scale * F.linear(source[..., : weight.size(-1)], weight))
-    return y * (gain * gate).unsqueeze(-1)
+def gate_logits(source: Tensor, weight: Tensor) -> Tensor:
+    """W source[:window]: source (rows, length, dim), weight (heads, window) -> (rows, length, heads)."""
+    return F.linear(source[..., : weight.size(-1)], weight)
+
+
+def gate_heads(y: Tensor, logits: Tensor, gain: float = 1.0, scale: float = 1.0) -> Tensor:
+    """y · gain · σ(scale · logits): y (rows, length, heads, head_dim), logits (rows, length, heads)."""
+    return y * (gain * torch.sigmoid(scale * logits)).unsqueeze(-1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pgolf import ops
 from pgolf.attention import attention
-from pgolf.model.attention_gate import gate_heads
+from pgolf.model.attention_gate import gate_heads, gate_logits
 from pgolf.model.bigram_hash import bigram_buckets, bigram_embedding
 from pgolf.model.config import ModelConfig
 from pgolf.model.documents import Documents, packed_documents, rows_as_documents
@@ -17,15 +17,14 @@ from pgolf.model.initialise import initialise
 from pgolf.model.norm import norm
 from pgolf.model.residual import merge_lanes, mix_with_embedding, route_to_lanes
 from pgolf.model.rotary import rotary_tables, rotate, score_scale
-from pgolf.model.skips import add_skip
 from pgolf.model.smear_gate import smear
 from pgolf.model.softcap import asymmetric_softcap, softcap
+from pgolf.model.stream import FusedStream, Stream
 from pgolf.model.value_embedding import value_embedding
 from pgolf.model.xsa import exclude_self
 
 # Called with (bank name, index in the bank, input) for every matrix product: how calibration sees the inputs.
 Observer = Callable[[str, int, Tensor], None]
-BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
 
 
 class Layer(NamedTuple):
@@ -35,12 +34,10 @@ class Layer(NamedTuple):
     q: Tensor  # (dim, dim)
     k: Tensor  # (kv_dim, dim)
     v: Tensor  # (kv_dim, dim)
-    out: Tensor  # (dim, dim)
+    out: Tensor  # (dim, dim), its rows times attn_scale
     up: Tensor  # (hidden_dim, dim)
-    down: Tensor  # (dim, hidden_dim)
+    down: Tensor  # (dim, hidden_dim), its rows times mlp_scale
     gain: Tensor  # (heads,)
-    attn_scale: Tensor  # (dim,)
-    mlp_scale: Tensor  # (dim,)
     mix: Tensor  # (2, dim)
     # Of techniques that may be off:
     gate: Tensor  # (heads, gate_window), attention's
@@ -60,12 +57,15 @@ class Model(nn.Module):
     """Parameters are float32; the forward pass computes in `dtype`. Shapes are in `ModelConfig.shapes`."""
 
     embedding: nn.Parameter
+    attn_scale: nn.Parameter
+    mlp_scale: nn.Parameter
     softcaps: nn.Parameter
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.attention = "auto"  # a backend of pgolf.attention
+        self.fused: frozenset[str] = frozenset()  # operations between the products: glue.py
         self.looping = config.num_loops > 0  # depth recurrence; a trainer may switch it on late
         self.visits = {looping: config.visits(looping) for looping in (False, True)}
         self.caps_differ = False  # see softcap.py
@@ -163,46 +163,47 @@ class Model(nn.Module):
         config, layers = self.config, self._weights()
         weights, gates = self._rows("skip_weights", config.num_skips), self._rows("skip_gates", config.num_skips)
         x0 = x
+        stream = (FusedStream if "residual_rms_norm" in self.fused else Stream)(x)
         lane: Tensor | None = None  # the second one, that the MLPs read
-        stored: list[Tensor] = []
         for visit in self.visits[self.looping]:
             layer = layers[visit.layer]
             if lane is None and config.two_lanes(visit):
-                lane = x
+                lane = stream.value()
             if visit.skip is not None:
-                x = add_skip(x, stored.pop(), weights[visit.skip], gates[visit.skip])
+                stream.skip(weights[visit.skip], gates[visit.skip])
             if lane is not None:
-                x, lane = self._two_lane_layer(layer, x, lane, x0, batch, observe)
+                x, lane = self._two_lane_layer(layer, stream.value(), lane, x0, batch, observe)
+                stream.replace(x)
             elif config.parallel(visit.layer):
-                x = self._parallel_layer(layer, x, x0, batch, observe)
+                self._parallel_layer(layer, stream, x0, batch, observe)
             else:
-                x = self._layer(layer, x, x0, batch, observe)
+                self._layer(layer, stream, x0, batch, observe)
             if visit.stores:
-                stored.append(x)
+                stream.store()
         if lane is not None:
-            x = merge_lanes((x, lane), config.parallel_final_lane)
-        return norm(x)
+            stream.replace(merge_lanes((stream.value(), lane), config.parallel_final_lane))
+        return stream.norm()
 
-    def _layer(self, layer: Layer, x: Tensor, x0: Tensor, batch: Batch, observe: Observer | None) -> Tensor:
+    def _layer(self, layer: Layer, stream: Stream, x0: Tensor, batch: Batch, observe: Observer | None) -> None:
         scale = self.config.norm_scale(layer.number)
-        x = mix_with_embedding(x, x0, layer.mix)
-        x = x + layer.attn_scale * self._attend(layer, norm(x, scale), batch, observe)
-        return x + layer.mlp_scale * self._mlp(layer, norm(x, scale), observe)
+        stream.mix(x0, layer.mix)
+        stream.add(self._attend(layer, stream.norm(scale), batch, observe))
+        stream.add(self._mlp(layer, stream.norm(scale), observe))
 
-    def _parallel_layer(self, layer: Layer, x: Tensor, x0: Tensor, batch: Batch, observe: Observer | None) -> Tensor:
+    def _parallel_layer(self, layer: Layer, stream: Stream, x0: Tensor, batch: Batch, observe: Observer | None) -> None:
         """GPT-J form, PRs #1204 and #1412: one norm, and both branches read it."""
-        x = mix_with_embedding(x, x0, layer.mix)
-        h = norm(x, self.config.norm_scale(layer.number))
-        x = x + layer.attn_scale * self._attend(layer, h, batch, observe)
-        return x + layer.mlp_scale * self._mlp(layer, h, observe)
+        stream.mix(x0, layer.mix)
+        h = stream.norm(self.config.norm_scale(layer.number))
+        stream.add(self._attend(layer, h, batch, observe))
+        stream.add(self._mlp(layer, h, observe))
 
     def _two_lane_layer(
         self, layer: Layer, x: Tensor, lane: Tensor, x0: Tensor, batch: Batch, observe: Observer | None
     ) -> tuple[Tensor, Tensor]:
         scale = self.config.norm_scale(layer.number)
         h = norm(mix_with_embedding(x, x0, layer.mix), scale)
-        attended = layer.attn_scale * self._attend(layer, h, batch, observe)
-        mlp = layer.mlp_scale * self._mlp(layer, norm(lane, scale), observe)
+        attended = self._attend(layer, h, batch, observe)
+        mlp = self._mlp(layer, norm(lane, scale), observe)
         return route_to_lanes((x, lane), attended, mlp, layer.keep, layer.post)
 
     def _attend(self, layer: Layer, h: Tensor, batch: Batch, observe: Observer | None) -> Tensor:
@@ -222,18 +223,32 @@ class Model(nn.Module):
         gain = layer.gain.unsqueeze(-1)
         if (sharpen := score_scale(config.rope_scaling, self._stretch(documents))) != 1.0:
             gain = gain * sharpen
-        q, k = rotate(norm(q), batch.rotary) * gain, rotate(norm(k), batch.rotary)
+        q, k = self._norm_and_rotate(q, k, batch.rotary, gain)
         y = attention(q, k, v, documents.cu_seqlens, documents.longest, self.attention)
-        if config.excludes_self(layer.number):
-            y = exclude_self(y, v)
-        if config.attn_out_gate_enabled:
-            y = gate_heads(y, query if config.attn_out_gate_src == "q" else h, layer.gate, gain=2.0)
-        if config.sparse_attn_gate_enabled:
-            y = gate_heads(y, h, layer.gate, scale=config.sparse_attn_gate_scale)
-        y = y.flatten(-2)
+        of_query = config.attn_out_gate_enabled and config.attn_out_gate_src == "q"
+        y = self._exclude_and_gate(layer, y, v, query if of_query else h).flatten(-2)
         if observe:
             observe("qo_bank", config.num_layers + layer.number, y)
         return F.linear(y, layer.out)
+
+    def _norm_and_rotate(
+        self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor], gain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if "qk_norm_rope" in self.fused:
+            cos, sin = (table.flatten(0, -2) for table in rotary)
+            return ops.qk_norm_rope(q, k, cos, sin, gain.squeeze(-1))
+        return rotate(norm(q), rotary) * gain, rotate(norm(k), rotary)
+
+    def _exclude_and_gate(self, layer: Layer, y: Tensor, v: Tensor, source: Tensor) -> Tensor:
+        config, logits = self.config, None
+        gain, scale = (2.0, 1.0) if config.attn_out_gate_enabled else (1.0, config.sparse_attn_gate_scale)
+        if config.attn_out_gate_enabled or config.sparse_attn_gate_enabled:
+            logits = gate_logits(source, layer.gate)
+        if config.excludes_self(layer.number):
+            if "xsa_gate" in self.fused:
+                return ops.xsa_gate(y, v, logits, gain, scale)
+            y = exclude_self(y, v)
+        return y if logits is None else gate_heads(y, logits, gain, scale)
 
     def _mlp(self, layer: Layer, h: Tensor, observe: Observer | None) -> Tensor:
         slope = self.config.mlp_slope
@@ -243,22 +258,24 @@ class Model(nn.Module):
         return ops.leaky_relu2_mlp(h, layer.up, layer.down, slope)
 
     def _weights(self) -> list[Layer]:
-        """One cast and one unbind a bank: the gradient of a bank is then stacked once, not padded layer by layer."""
+        """One cast and one unbind a bank: the gradient of a bank is then stacked once, not padded layer by layer.
+
+        What scales a branch by channel scales the rows of its last matrix: no pass over the tokens, and nothing kept
+        for it, forward or backward.
+        """
         layers = self.config.num_layers
-        qo, kv, up, down = (self._bank(name).unbind(0) for name in BANKS)
-        names = ("q_gain", "attn_scale", "mlp_scale", "resid_mix")
-        optional = ("attn_gate", "parallel_resid_lambdas", "parallel_post_lambdas")
-        small = [self._rows(name, layers) for name in names + optional]
-        return [
-            Layer(i, qo[i], kv[i], kv[layers + i], qo[layers + i], up[i], down[i], *(rows[i] for rows in small))
-            for i in range(layers)
-        ]
+        q, out = self._bank("qo_bank").split(layers)
+        k, v = self._bank("kv_bank").split(layers)
+        out = out * self.attn_scale.unsqueeze(-1)
+        down = self._bank("down_bank") * self.mlp_scale.unsqueeze(-1)
+        banks = [bank.to(self.dtype).unbind(0) for bank in (q, k, v, out, self._bank("up_bank"), down)]
+        names = ("q_gain", "resid_mix", "attn_gate", "parallel_resid_lambdas", "parallel_post_lambdas")
+        small = [self._rows(name, layers) for name in names]
+        return [Layer(i, *(rows[i] for rows in (*banks, *small))) for i in range(layers)]
 
     def _bank(self, name: str) -> Tensor:
         bank = getattr(self, name)
-        if self.fake_quantize is not None:
-            bank = self.fake_quantize(name, bank)
-        return bank.to(self.dtype)
+        return bank if self.fake_quantize is None else self.fake_quantize(name, bank)
 
     def _cast(self, name: str) -> Tensor:
         """A parameter in the compute dtype."""

@@ -11,10 +11,13 @@ from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.linear_softcapped_cross_entropy import linear_softcapped_cross_entropy
 from pgolf.ops.newton_schulz import newton_schulz
 from pgolf.ops.pack_bits import pack_bits, unpack_bits
+from pgolf.ops.qk_norm_rope import qk_norm_rope
+from pgolf.ops.residual_rms_norm import residual_rms_norm, residual_sum_rms_norm
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from pgolf.ops.trellis_dequantize import trellis_dequantize
 from pgolf.ops.trellis_quantize import Trellis, trellis_quantize
 from pgolf.ops.unpack_dequantize import unpack_dequantize
+from pgolf.ops.xsa_gate import xsa_gate
 
 __all__ = [
     "BACKENDS",
@@ -31,10 +34,14 @@ __all__ = [
     "linear_softcapped_cross_entropy",
     "newton_schulz",
     "pack_bits",
+    "qk_norm_rope",
+    "residual_rms_norm",
+    "residual_sum_rms_norm",
     "softcapped_cross_entropy",
     "trellis_dequantize",
     "trellis_quantize",
     "unpack_bits",
     "unpack_dequantize",
     "used",
+    "xsa_gate",
 ]

@@ -1,5 +1,6 @@
 """Checks of arguments that the operations share: they read only shapes, dtypes and devices, so they cost no launch."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,14 @@ def integer(name: str, value: int, low: int, high: int) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name}: {value} is not accepted; accepted are {low} to {high}")
+
+
+def number(name: str, value: float) -> None:
+    """`value` is a finite int or float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not accepted; it must be finite")
 
 
 def choice(name: str, value: str, accepted: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from plain_model import plain_logits
 from techniques import TECHNIQUES
 
 from pgolf.model import Model, ModelConfig
+from pgolf.model.glue import OPERATIONS
 from pgolf.settings import load_settings
 
 
@@ -23,6 +24,23 @@ def test_is_what_the_formulas_say(technique, random_model):
     for looping in {False, model.config.num_loops > 0}:
         model.looping = looping
         torch.testing.assert_close(model(tokens[None])[0], plain_logits(model, tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("technique", ["baseline", "query_gate", "parallel", "yarn", "skip_gates", "record"])
+def test_fused_operations_change_nothing(technique, random_model):
+    """Logits and all gradients, in float64."""
+    model = random_model(**TECHNIQUES[technique])
+    tokens, targets = torch.randint(64, (2, 2, 9))
+    for looping in {False, model.config.num_loops > 0}:
+        found = []
+        for model.fused in (frozenset(), OPERATIONS):
+            model.looping = looping
+            loss = model.loss(tokens, targets)
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+            found.append((loss, grads))
+        torch.testing.assert_close(*found)
+    if technique == "record":
+        torch.compile(model.loss, fullgraph=True, backend="eager")(tokens, targets)
 
 
 @pytest.mark.parametrize("lane", ["attn", "mlp"])

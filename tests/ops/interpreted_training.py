@@ -7,18 +7,30 @@ import torch
 
 from pgolf import ops
 from pgolf.model import Model, ModelConfig
+from pgolf.model.glue import OPERATIONS
+from pgolf.ops import backends
 from pgolf.optim import make_optimisers
 from pgolf.settings import load_settings
 
 STEPS, CLASSES = 8, 64
 SMALL = {"PRESET": "demo", "NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2"}
+RECORD_LIKE = SMALL | {
+    "NUM_LAYERS": "3",
+    "ROPE_DIMS": "8",
+    "XSA_LAST_N": "3",
+    "SPARSE_ATTN_GATE_ENABLED": "1",
+    "LN_SCALE": "1",
+    "UNET_SKIPS": "1",
+    "SKIP_GATES_ENABLED": "1",
+}
 
 
-def losses(backend: str, seed: int, rows: torch.Tensor) -> torch.Tensor:
-    """Loss of every step; rows (STEPS, 2, length)."""
-    settings = load_settings(SMALL)
+def losses(backend: str, seed: int, rows: torch.Tensor, sizes: dict[str, str] = SMALL, fused=frozenset()):
+    """Loss of every step; rows (steps, 2, length)."""
+    settings = load_settings(sizes)
     config = dataclasses.replace(ModelConfig.of(settings), vocab_size=CLASSES)
     model = Model(config, torch.float32).initialise(torch.Generator().manual_seed(seed))
+    model.fused = fused
     optimisers = make_optimisers(model, settings)
     found = []
     with ops.backend(backend):
@@ -43,3 +55,19 @@ def test_the_kernels_train_like_the_definitions():
     assert with_kernels.tolist() == pytest.approx(plain.tolist(), abs=1e-4)
     assert (with_kernels - plain).abs().max() < 0.05 * (another_seed - plain).abs().max(), "far within seed noise"
     assert plain[-1] < plain[0]
+
+
+def test_the_fused_glue_trains_like_the_plain_functions(monkeypatch):
+    rows = torch.randint(0, 8, (3, 2, 13)).cumsum(-1) % CLASSES
+    plain, another_seed = losses("reference", 0, rows, RECORD_LIKE), losses("reference", 1, rows, RECORD_LIKE)
+    interpreted = set()
+
+    def only_the_glue(op: str, device_type: str) -> str:
+        interpreted.update({op} & OPERATIONS)
+        return "triton" if op in OPERATIONS else "reference"
+
+    monkeypatch.setattr(backends, "choose", only_the_glue)
+    fused = losses("reference", 0, rows, RECORD_LIKE, OPERATIONS)
+    assert interpreted == OPERATIONS
+    assert fused.tolist() == pytest.approx(plain.tolist(), abs=1e-4)
+    assert (fused - plain).abs().max() < 0.05 * (another_seed - plain).abs().max(), "far within seed noise"

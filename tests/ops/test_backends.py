@@ -33,7 +33,8 @@ def test_available_names_every_operation_and_backend():
     table = ops.available()
     assert set(table) == {
         "gptq", "gptq_refine", "leaky_relu2_mlp", "linear_softcapped_cross_entropy", "newton_schulz", "pack_bits",
-        "softcapped_cross_entropy", "trellis_dequantize", "trellis_quantize", "unpack_bits", "unpack_dequantize",
+        "qk_norm_rope", "residual_rms_norm", "softcapped_cross_entropy", "trellis_dequantize", "trellis_quantize",
+        "unpack_bits", "unpack_dequantize", "xsa_gate",
     }  # fmt: skip
     for op, row in table.items():
         assert tuple(row) == ops.BACKENDS

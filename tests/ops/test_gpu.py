@@ -5,12 +5,16 @@ import sys
 
 import pytest
 import torch
+from glue_cases import RECORD as GLUE
 from numerics import DTYPES, NO_WORSE, TOLERANCE, relative_error
 from torch import Tensor
 
 from pgolf import ops
+from pgolf.model import Model, ModelConfig
+from pgolf.model.glue import OPERATIONS
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp_reference
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy_reference
+from pgolf.settings import load_settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +60,7 @@ def head_inputs(tokens: int, d: int, classes: int, dtype: torch.dtype) -> tuple[
 
 def exactly(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same numbers in float64."""
-    return tuple(t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs)
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs)
 
 
 def mlp_formula(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
@@ -74,8 +78,8 @@ def loss_formula(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
 
 
 def gradients(out: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor, **options) -> tuple[Tensor, ...]:
-    """Of all inputs that are floating."""
-    leaves = [t for t in inputs if t.is_floating_point()]
+    """Of all inputs that ask for one."""
+    leaves = [t for t in inputs if t.requires_grad]
     return torch.autograd.grad(out, leaves, upstream.to(out.dtype), **options)
 
 
@@ -171,7 +175,54 @@ def test_linear_cross_entropy_against_float64(dtype):
     check_backend("linear_softcapped_cross_entropy")
 
 
-# The same for all three
+def glue_maker(case, dtype: torch.dtype = torch.bfloat16, tokens: int = 4096):
+    return lambda: case.make(dtype, DEVICE, tokens)
+
+
+def joined(operation):
+    """All results as one tensor."""
+    return lambda *inputs: torch.cat([out.flatten() for out in operation(*inputs)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GLUE.values(), ids=GLUE)
+@pytest.mark.usefixtures("poisoned")
+def test_glue_against_float64(case, dtype):
+    for tokens in (1, 63, 5000):
+        inputs = case.make(dtype, DEVICE, tokens)
+        exact = exactly(inputs)
+        out, plain, truth = joined(case.ours)(*inputs), joined(case.formula)(*inputs), joined(case.formula)(*exact)
+        assert out.dtype == dtype
+        upstream = normal(*out.shape, dtype=dtype)
+        check(
+            (out, *gradients(out, inputs, upstream)),
+            (plain, *gradients(plain, inputs, upstream)),
+            (truth, *gradients(truth, exact, upstream)),
+        )
+    check_backend(case.operation)
+
+
+def test_the_model_with_fused_glue():
+    """A small record, compiled as one graph, in float32: the loss and every gradient as with the plain functions."""
+    settings = {"PRESET": "record", "NUM_LAYERS": "9", "MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
+    model = Model(ModelConfig.of(load_settings(settings))).initialise(torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.attention = "plain"
+    tokens, targets = torch.randint(model.config.vocab_size, (2, 2, 256), device=DEVICE)
+    found = []
+    for model.fused in (frozenset(), OPERATIONS):
+        loss = torch.compile(model.loss, fullgraph=True)(tokens, targets)
+        parameters = list(model.parameters())
+        found.append((loss, *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
+    for name in OPERATIONS:
+        check_backend(name)
+
+
+# The same for all
 
 
 CASES = {
@@ -184,6 +235,7 @@ CASES = {
         lambda: head_inputs(4096, 512, 8192, torch.bfloat16),
         lambda *inputs: ops.linear_softcapped_cross_entropy(*inputs, SOFTCAP),
     ),
+    **{name: (glue_maker(case), joined(case.ours)) for name, case in GLUE.items()},
 }
 
 

@@ -1,0 +1,115 @@
+"""The operations between matrix products at the record's shape, beside torch.compile of the model's plain functions.
+
+Each forward alone and with its backward. The inputs are those of the step: one rank's 98,304 tokens in bfloat16. What
+decides FUSED_GLUE is the compiled model's step (bench_training_step.py), not this.
+"""
+
+import compiled_traffic as plain
+import pytest
+import torch
+from harness import Work
+from shapes import SHAPES, name
+
+from pgolf import ops
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: plain functions elsewhere")
+DEVICE = "cuda"
+TOKENS, DIM, HEADS, KV_HEADS, HEAD_DIM, HALF = 98_304, 512, 8, 4, 64, 8
+
+
+def residual(branch: bool, streams: int):
+    """Inputs in the order of the plain function: x, branch, embedding and its mix, skip, its weight and gate."""
+    shapes = [(1, TOKENS, DIM)] * (1 + branch)
+    shapes += [(1, TOKENS, DIM), (2, DIM)] * (streams > 0)
+    shapes += [(1, TOKENS, DIM), (DIM,), (DIM,)] * (streams > 1)
+
+    def ours(x, *others):
+        others = list(others)
+        added = others.pop(0) if branch else None
+        if not streams:
+            return ops.residual_rms_norm(x, added, scale=plain.SCALE)
+        x0, mix, *skip = others
+        weights, others = [mix[0], mix[1]], [x0]
+        if skip:
+            stored, weight, gate = skip
+            kept = torch.sigmoid(gate)
+            weights, others = [mix[0] * kept, mix[1], mix[0] * (1 - kept) * weight], [x0, stored]
+        return ops.residual_rms_norm(x, added, others, torch.stack(weights), plain.SCALE)
+
+    return shapes, ours
+
+
+def queries_and_keys(q, k, cos, sin, gain):
+    return ops.qk_norm_rope(q, k, cos.flatten(0, -2), sin.flatten(0, -2), gain)
+
+
+def exclusive(y, v, logits):
+    return (ops.xsa_gate(y, v, logits),)
+
+
+Q, K, TABLE = (1, TOKENS, HEADS, HEAD_DIM), (1, TOKENS, KV_HEADS, HEAD_DIM), (1, TOKENS, 1, HALF)
+X = TOKENS * DIM
+CASES = {  # operation, shapes, ours, the plain function, elements moved forward and with the backward
+    "add": ("residual_rms_norm", *residual(True, 0), plain.add, 4 * X, 8 * X),
+    "mix": ("residual_rms_norm", *residual(False, 1), plain.mix, 4 * X, 10 * X),
+    "add + mix": ("residual_rms_norm", *residual(True, 1), plain.add_mix, 5 * X, 12 * X),
+    "add + mix + skip": ("residual_rms_norm", *residual(True, 2), plain.add_mix_skip, 6 * X, 15 * X),
+    "16 of 64 rotate": (
+        "qk_norm_rope",
+        [Q, K, TABLE, TABLE, (HEADS,)],
+        queries_and_keys,
+        plain.qk_norm_rope,
+        3 * X,
+        7.5 * X,
+    ),
+    "with gate": ("xsa_gate", [Q, K, Q[:-1]], exclusive, plain.xsa_gate, 2.5 * X, 6.5 * X),
+}
+
+
+def random_inputs(shapes, dtype, backward, function):
+    tensors = [
+        torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(backward and shape != TABLE) for shape in shapes
+    ]
+    if not backward:
+        return tuple(tensors)
+    with torch.no_grad():
+        outs = function(*tensors)
+    return *tensors, *(torch.randn_like(out) for out in outs)
+
+
+def with_backward(function, inputs: int):
+    def run(*arguments):
+        tensors, upstream = arguments[:inputs], arguments[inputs:]
+        return torch.autograd.grad(function(*tensors), [t for t in tensors if t.requires_grad], upstream)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", SHAPES.dtypes, ids=name)
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+@pytest.mark.parametrize("case", CASES)
+def test_glue(measure, case, direction, dtype):
+    operation, shapes, ours, definition, forward_elements, all_elements = CASES[case]
+    backward = direction != "forward"
+    torch.compiler.reset()
+    compiled = torch.compile(definition, fullgraph=True, dynamic=False)
+    wrap = (lambda function: with_backward(function, len(shapes))) if backward else lambda function: function
+
+    def make():
+        return random_inputs(shapes, dtype, backward, definition)
+
+    call = wrap(ours)
+    call(*make())
+    measure(
+        operation,
+        f"{case}, {direction}",
+        shape="x".join(map(str, shapes[0][1:])),
+        dtype=name(dtype),
+        backend=ops.used()[operation],
+        make=make,
+        call=call,
+        others={"torch.compile": wrap(compiled)},
+        peers={},
+        tolerance=1e-4 if dtype == torch.float32 else 2e-2,
+        work=Work(bytes=round(all_elements if backward else forward_elements) * dtype.itemsize),
+    )

@@ -1,0 +1,20 @@
+"""Which of the operations between the matrix products run fused (FUSED_GLUE), and which as the plain functions.
+
+`auto` follows a table of what was measured to win in the compiled model, by compute capability: an operation that is
+faster alone may lose there, because the compiler fuses the plain functions too. No GPU has been measured yet, so the
+table is empty and `auto` is `off`.
+"""
+
+import torch
+
+OPERATIONS = frozenset({"residual_rms_norm", "qk_norm_rope", "xsa_gate"})
+WINS: dict[tuple[int, int], frozenset[str]] = {}  # compute capability -> operations
+
+
+def choose_fused_glue(setting: str, device: torch.device) -> frozenset[str]:
+    """The operations that `Model.fused` is to name; `setting` is auto, on or off."""
+    if setting == "on":
+        return OPERATIONS
+    if setting == "off" or device.type != "cuda":
+        return frozenset()
+    return WINS.get(torch.cuda.get_device_capability(device), frozenset())

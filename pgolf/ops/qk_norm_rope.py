@@ -1,0 +1,168 @@
+"""Queries and keys between projection and attention: RMSNorm a head, rotation of its first part, gain of queries.
+
+    n = x / sqrt(mean(x²) + eps)                          over head_dim; eps is that of float32, for float64 its own
+    (a, b, rest) = n                                      of sizes R, R and head_dim - 2 R
+    out = (a cos + b sin, b cos - a sin, rest)            queries also times their head's gain
+
+Shapes and dtypes: q (..., heads, D), k (..., kv_heads, D) of one floating dtype; cos and sin (rows, R), of that dtype
+or float32, for the tokens of q and k in their order, begun anew after each `rows` of them; gain (heads,) of that dtype
+or float32. Results like q and k. Computed in float32 (float64 for float64) and rounded once. Differentiable in q, k
+and gain, once; the tables are constants. Only the inputs are kept for the backward pass.
+The kernels need R a power of 2; other sizes are for plain PyTorch.
+
+Cost for Q and K bytes of queries and keys: 2 (Q + K) forward and 3 (Q + K) backward, the gain's gradient included.
+Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
+Source: rotation, arXiv 2104.09864; norm of queries and keys, arXiv 2010.04245; part of a head and gain, the challenge's
+records.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pgolf.ops import backends, checks
+from pgolf.ops.residual_rms_norm import epsilon
+
+backends.register("qk_norm_rope", triton=("cuda",))
+
+
+def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """What attention reads of q and k.
+
+    Args:
+        q: (..., heads, D) query projections, floating.
+        k: (..., kv_heads, D) key projections, like q.
+        cos: (rows, R) cosines, 2 R <= D; the number of tokens is a multiple of rows.
+        sin: (rows, R) sines.
+        gain: (heads,) factors of the queries.
+    """
+    _check(q, k, cos, sin, gain)
+    backend = "reference" if q.dtype == torch.float64 else backends.choose("qk_norm_rope", q.device.type)
+    tokens = math.prod(q.shape[:-2])
+    flat = [x.reshape(tokens, *x.shape[-2:]) for x in (q, k)]
+    q_out, k_out = _forward(*flat, cos, sin, gain, backend)
+    return q_out.view(q.shape), k_out.view(k.shape)
+
+
+def qk_norm_rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch; arguments as for `qk_norm_rope`."""
+    outs = []
+    for x in (q, k):
+        tokens = math.prod(x.shape[:-2])
+        c, s = (table.repeat(tokens // table.shape[0], 1).unsqueeze(1) for table in (cos, sin))
+        n = torch.nn.functional.rms_norm(x, x.shape[-1:]).reshape(tokens, *x.shape[-2:])
+        a, b, rest = n.split([cos.shape[1], cos.shape[1], x.shape[-1] - 2 * cos.shape[1]], dim=-1)
+        outs.append(torch.cat([a * c + b * s, b * c - a * s, rest], dim=-1).view(x.shape))
+    return (outs[0] * gain.unsqueeze(-1)).to(q.dtype), outs[1].to(k.dtype)
+
+
+@torch.library.custom_op("pgolf::qk_norm_rope", mutates_args=())
+def _forward(
+    q: Tensor,  # (T, heads, D)
+    k: Tensor,  # (T, kv_heads, D)
+    cos: Tensor,  # (rows, R)
+    sin: Tensor,
+    gain: Tensor,  # (heads,)
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, cos, sin, gain)  # again: this operation can be called without the public function
+    if _uses_kernel(q, k, cos, backend):
+        from pgolf.triton_kernels.qk_norm_rope import launch  # here, because triton is not on every machine
+
+        return launch(*(value.contiguous() for value in (q, k, cos, sin, gain)), epsilon(q.dtype))
+    outs = []
+    for x, factor in ((q, gain.unsqueeze(-1)), (k, 1.0)):
+        wide, inverse = _normalise(x)
+        a, b, rest, c, s = _parts(wide * (inverse * factor), cos, sin)
+        outs.append(torch.cat([a * c + b * s, b * c - a * s, rest], dim=-1).to(x.dtype))
+    return outs[0], outs[1]
+
+
+@_forward.register_fake
+def _(q, k, cos, sin, gain, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("pgolf::qk_norm_rope_backward", mutates_args=())
+def _gradients(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, q_grad: Tensor, k_grad: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dgain
+    if _uses_kernel(q, k, cos, backend):
+        from pgolf.triton_kernels.qk_norm_rope import launch_backward
+
+        inputs = (value.contiguous() for value in (q, k, cos, sin, gain, q_grad, k_grad))
+        dq, dk, dgain = launch_backward(*inputs, epsilon(q.dtype))
+        return dq, dk, dgain.to(gain.dtype)
+    dq, products = _gradient_in_pytorch(q, cos, sin, q_grad, gain.unsqueeze(-1))
+    dk, _ = _gradient_in_pytorch(k, cos, sin, k_grad, 1.0)
+    return dq, dk, products.sum(0).to(gain.dtype)
+
+
+@_gradients.register_fake
+def _(q, k, cos, sin, gain, q_grad, k_grad, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), gain.new_empty(gain.shape)
+
+
+def _gradient_in_pytorch(x, cos, sin, grad, factor) -> tuple[Tensor, Tensor]:
+    """The gradient of x (T, heads, D), and Σ grad · normalised and rotated x (T, heads)."""
+    wide, inverse = _normalise(x)
+    a, b, rest, c, s = _parts(grad.to(wide.dtype), cos, sin)
+    turned = torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1)
+    along = (turned * wide).sum(-1, keepdim=True) * inverse
+    dx = (turned - wide * (along * inverse / x.shape[-1])) * (inverse * factor)
+    return dx.to(x.dtype), along.squeeze(-1)
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in float32 or wider, and 1 / its length over sqrt(D)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide, (wide.square().mean(-1, keepdim=True) + epsilon(x.dtype)).rsqrt()
+
+
+def _parts(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """a, b and rest of x (T, heads, D), and both tables as (T, 1, R)."""
+    half = cos.shape[1]
+    tables = (table.repeat(x.shape[0] // max(table.shape[0], 1), 1).unsqueeze(1) for table in (cos, sin))
+    return *x.split([half, half, x.shape[-1] - 2 * half], dim=-1), *tables
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, q_grad: Tensor, k_grad: Tensor):
+    dq, dk, dgain = _gradients(*ctx.saved_tensors, q_grad, k_grad, ctx.backend)
+    return dq, dk, None, None, dgain, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _uses_kernel(q: Tensor, k: Tensor, cos: Tensor, backend: str) -> bool:
+    if backend != "triton" or 0 in (q.numel(), k.numel(), cos.numel()):
+        return False
+    from pgolf.triton_kernels.qk_norm_rope import accepts
+
+    return accepts(q.dtype, q.shape[1], k.shape[1], q.shape[2], cos.shape[1])
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> None:
+    checks.tensor("q", q, checks.FLOATS)
+    checks.tensor("k", k, (q.dtype,))
+    for name, value in (("cos", cos), ("sin", sin), ("gain", gain)):
+        checks.tensor(name, value, (q.dtype, torch.float32))
+    if q.ndim < 2:
+        raise ValueError(f"q: shape {tuple(q.shape)} is not accepted; expected (..., heads, D)")
+    if k.ndim < 2:
+        raise ValueError(f"k: shape {tuple(k.shape)} is not accepted; expected (..., kv_heads, D)")
+    checks.shape("k", k, (*q.shape[:-2], k.shape[-2], q.shape[-1]), "tokens and head_dim of q")
+    if cos.ndim != 2 or 2 * cos.shape[1] > q.shape[-1]:
+        raise ValueError(f"cos: shape {tuple(cos.shape)} is not accepted; expected (rows, R) with 2 R <= {q.shape[-1]}")
+    tokens = math.prod(q.shape[:-2])
+    if tokens % max(cos.shape[0], 1) or (tokens and not cos.shape[0]):
+        raise ValueError(f"cos: {cos.shape[0]} rows are not accepted for {tokens} tokens; expected a divisor")
+    checks.shape("sin", sin, cos.shape, "as cos")
+    checks.shape("gain", gain, q.shape[-2:-1], "one for each head of q")
+    checks.same_device("q", q, k=k, cos=cos, sin=sin, gain=gain)

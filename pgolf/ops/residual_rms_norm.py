@@ -1,0 +1,283 @@
+"""What a layer does to the residual stream before it reads it: add, mix with other streams, RMSNorm and scale.
+
+    u = x + branch                                  the residual add
+    m = w_0 ⊙ u + Σ_i w_i ⊙ z_i                     i = 1, 2; w (1 + streams, D), one weight a channel
+    y = scale · m / sqrt(mean(m²) + eps)            over D; eps is that of float32, for float64 its own
+
+Without streams m = u and there are no weights. One stream: the mix with the embedding of every record; two: that and a
+U-Net skip, whose gate and weight are products of weights a channel (pgolf/model/stream.py).
+
+Shapes and dtypes: x, branch, streams (..., D) of one floating dtype; w of that dtype or float32. Results like x.
+Computed in float32 (float64 for float64) and rounded once. Differentiable in all tensors, once.
+Kept for the backward pass: m without streams; else u, where it was asked for, or x and branch, and the streams. No norm
+and no product. The backward pass is one pass over rows that also sums the weights' gradients; x and branch share one
+gradient.
+
+Cost for T tokens, X = T·D·sizeof(x) bytes: with a branch and one stream 5 X forward and 7 X backward, without streams
+4 X and 4 X. In plain PyTorch each product, sum and norm reads and writes X of its own.
+Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
+Source: RMSNorm, arXiv 1910.07467; the mix with the embedding and skips by channel come from the challenge's records.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pgolf.ops import backends, checks
+
+MOST_STREAMS = 2
+
+backends.register("residual_rms_norm", triton=("cuda",))
+
+
+def residual_rms_norm(
+    x: Tensor,
+    branch: Tensor | None = None,
+    streams: Sequence[Tensor] = (),
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The new residual stream m and its norm y, both like x.
+
+    Args:
+        x: (..., D) residual stream, floating.
+        branch: (..., D) what is added to it, or None.
+        streams: at most 2 of (..., D), mixed in.
+        weights: (1 + streams, D) of x + branch and of each stream; None without streams.
+        scale: factor of y.
+    """
+    _, mixed, normed = residual_sum_rms_norm(x, branch, streams, weights, scale, keep_sum=False)
+    return mixed, normed
+
+
+def residual_sum_rms_norm(
+    x: Tensor,
+    branch: Tensor | None = None,
+    streams: Sequence[Tensor] = (),
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    keep_sum: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`residual_rms_norm` that also gives u = x + branch: (u, m, y). Without `keep_sum` u is m."""
+    _check(x, branch, streams, weights, scale)
+    first, second = [*streams, None, None][:2]
+    shape = (math.prod(x.shape[:-1]), x.shape[-1])
+    flat = [None if value is None else value.reshape(shape) for value in (x, branch, first, second)]
+    backend = "reference" if x.dtype == torch.float64 else backends.choose("residual_rms_norm", x.device.type)
+    keep_sum = keep_sum and bool(streams) and branch is not None
+    total, mixed, normed = _forward(*flat, weights, float(scale), keep_sum, backend)
+    mixed = mixed.view(x.shape) if branch is not None or streams else x
+    if not keep_sum:
+        total = x if branch is None else mixed
+    return total.view(x.shape), mixed, normed.view(x.shape)
+
+
+def residual_rms_norm_reference(
+    x: Tensor,
+    branch: Tensor | None = None,
+    streams: Sequence[Tensor] = (),
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch; arguments as for `residual_rms_norm`."""
+    mixed = x if branch is None else x + branch
+    if weights is not None:
+        mixed = weights[0] * mixed
+        for weight, stream in zip(weights[1:], streams, strict=True):
+            mixed = mixed + weight * stream
+        mixed = mixed.to(x.dtype)
+    return mixed, scale * torch.nn.functional.rms_norm(mixed, mixed.shape[-1:])
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """What torch's rms_norm adds to the mean of squares."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+# Two operations, so that the compiler plans around them. Results that were not asked for have no elements.
+
+
+@torch.library.custom_op("pgolf::residual_rms_norm", mutates_args=())
+def _forward(
+    x: Tensor,  # (T, D), as branch, first and second
+    branch: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    weights: Tensor | None,  # (1 + streams, D)
+    scale: float,
+    keep_sum: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # u, m, y
+    streams = _given(first, second)
+    _check(x, branch, streams, weights, scale)  # again: this operation can be called without the public function
+    if keep_sum and (branch is None or not streams):
+        raise ValueError("keep_sum: accepted with a branch and streams only; else the sum is the input or m")
+    if _uses_kernel(x, backend):
+        from pgolf.triton_kernels.residual_rms_norm import launch  # here, because triton is not on every machine
+
+        inputs = _contiguous(x, branch, *streams)
+        kept, mixed, normed = launch(
+            inputs[0], inputs[1], inputs[2:], _dense(weights), scale, epsilon(x.dtype), keep_sum
+        )
+        return x.new_empty(0) if kept is None else kept, x.new_empty(0) if mixed is None else mixed, normed
+    total, mixed = _combine(x, branch, streams, weights)
+    normed = mixed * (scale * _inverse_norm(mixed, x.dtype))
+    return (
+        total.to(x.dtype) if keep_sum else x.new_empty(0),
+        mixed.to(x.dtype) if branch is not None or streams else x.new_empty(0),
+        normed.to(x.dtype, memory_format=torch.contiguous_format),
+    )
+
+
+@_forward.register_fake
+def _(x, branch, first, second, weights, scale, keep_sum, backend):
+    changed = branch is not None or first is not None
+    return x.new_empty(x.shape if keep_sum else 0), x.new_empty(x.shape if changed else 0), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("pgolf::residual_rms_norm_backward", mutates_args=())
+def _gradients(
+    x: Tensor,  # (T, D), as all but the weights
+    branch: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    weights: Tensor | None,
+    grad_sum: Tensor | None,
+    grad_mixed: Tensor | None,
+    grad_normed: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx, dfirst, dsecond, dweights
+    streams = _given(first, second)
+    if _uses_kernel(x, backend):
+        from pgolf.triton_kernels.residual_rms_norm import launch_backward
+
+        inputs = _contiguous(x, branch, *streams)
+        upstream = _contiguous(grad_sum, grad_mixed, grad_normed)
+        dx, gradients, dweights = launch_backward(
+            inputs[0], inputs[1], inputs[2:], _dense(weights), *upstream, scale, epsilon(x.dtype)
+        )
+    else:
+        dx, gradients, dweights = _gradients_in_pytorch(
+            x, branch, streams, weights, grad_sum, grad_mixed, grad_normed, scale
+        )
+    empty = [x.new_empty(0) for _ in range(MOST_STREAMS - len(gradients))]
+    return dx, *gradients, *empty, x.new_empty(0) if weights is None else dweights.to(weights.dtype)
+
+
+@_gradients.register_fake
+def _(x, branch, first, second, weights, grad_sum, grad_mixed, grad_normed, scale, backend):
+    sizes = [0 if value is None else value.shape for value in (first, second, weights)]
+    dtype = x.dtype if weights is None else weights.dtype
+    return x.new_empty(x.shape), x.new_empty(sizes[0]), x.new_empty(sizes[1]), x.new_empty(sizes[2], dtype=dtype)
+
+
+def _gradients_in_pytorch(x, branch, streams, weights, grad_sum, grad_mixed, grad_normed, scale):
+    total, mixed = _combine(x, branch, streams, weights)
+    inverse = _inverse_norm(mixed, x.dtype)
+    g = grad_normed.to(mixed.dtype)
+    d = (g - mixed * ((mixed * g).mean(-1, keepdim=True) * inverse * inverse)) * (scale * inverse)
+    if grad_mixed is not None:
+        d = d + grad_mixed
+    dx, gradients, dweights = d, [], None
+    if weights is not None:
+        dweights = torch.stack([(d * value).sum(0) for value in (total, *streams)])
+        dx, *gradients = [(weight * d).to(x.dtype) for weight in weights.to(d.dtype)]
+    if grad_sum is not None:
+        dx = (weights[0] * d if weights is not None else d) + grad_sum
+    return dx.to(x.dtype), gradients, dweights
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, branch, first, second, weights, ctx.scale, keep_sum, ctx.backend = inputs
+    total, mixed, _ = output
+    ctx.has_branch = branch is not None
+    ctx.mark_non_differentiable(*(out for out in (total, mixed) if out.shape != x.shape))
+    ctx.set_materialize_grads(False)
+    if first is None and branch is not None:
+        x, branch = mixed, None
+    elif keep_sum:
+        x, branch = total, None
+    ctx.save_for_backward(x, branch, first, second, weights)
+
+
+def _backward(ctx, grad_sum: Tensor | None, grad_mixed: Tensor | None, grad_normed: Tensor | None):
+    x, branch, first, second, weights = ctx.saved_tensors
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(x)
+    dx, dfirst, dsecond, dweights = _gradients(
+        x, branch, first, second, weights, grad_sum, grad_mixed, grad_normed, ctx.scale, ctx.backend
+    )
+    return (
+        dx,
+        dx if ctx.has_branch else None,
+        None if first is None else dfirst,
+        None if second is None else dsecond,
+        None if weights is None else dweights,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _combine(x, branch, streams, weights) -> tuple[Tensor, Tensor]:
+    """u and m in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide) if branch is None else x.to(wide) + branch
+    if weights is None:
+        return total, total
+    mixed = weights[0] * total
+    for weight, stream in zip(weights[1:].to(wide), streams, strict=True):
+        mixed = mixed + weight * stream
+    return total, mixed
+
+
+def _inverse_norm(mixed: Tensor, dtype: torch.dtype) -> Tensor:
+    return (mixed.square().mean(-1, keepdim=True) + epsilon(dtype)).rsqrt()
+
+
+def _uses_kernel(x: Tensor, backend: str) -> bool:
+    if backend != "triton" or x.numel() == 0:
+        return False
+    from pgolf.triton_kernels.residual_rms_norm import accepts
+
+    return accepts(x.dtype, x.shape[1])
+
+
+def _given(first: Tensor | None, second: Tensor | None) -> list[Tensor]:
+    return [stream for stream in (first, second) if stream is not None]
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if value is None else value.contiguous() for value in tensors]
+
+
+def _dense(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.contiguous()
+
+
+def _check(x, branch, streams, weights, scale) -> None:
+    checks.tensor("x", x, checks.FLOATS)
+    if x.ndim < 1:
+        raise ValueError("x: a 0-dimensional tensor is not accepted; expected (..., D)")
+    if len(streams) > MOST_STREAMS:
+        raise ValueError(f"streams: {len(streams)} are not accepted; at most {MOST_STREAMS}")
+    others = {f"streams[{i}]": stream for i, stream in enumerate(streams)}
+    for name, value in {"branch": branch, **others}.items():
+        if value is None and name == "branch":
+            continue
+        checks.tensor(name, value, (x.dtype,))
+        checks.shape(name, value, x.shape, "as x")
+        checks.same_device("x", x, **{name: value})
+    if (weights is None) != (not streams):
+        raise ValueError("weights: expected with streams and only with them")
+    if weights is not None:
+        checks.tensor("weights", weights, (x.dtype, torch.float32))
+        checks.shape("weights", weights, (1 + len(streams), x.shape[-1]), "1 + streams, D")
+        checks.same_device("x", x, weights=weights)
+    checks.number("scale", scale)

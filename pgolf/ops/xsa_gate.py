@@ -1,0 +1,162 @@
+"""Exclusive self-attention with the gate a head: between attention and its output projection.
+
+    u   = v / max(|v|, 1e-12)                             the direction of the token's own value, for its query heads
+    o   = y - (y · u) u
+    out = o · gain · σ(logit_scale · logit)               without logits out = o
+
+Shapes and dtypes: y (..., heads, D), v (..., kv_heads, D), logits (..., heads), of one floating dtype; heads is a
+multiple of kv_heads, and neighbouring heads share a value. Result like y. Computed in float32 (float64 for float64) and
+rounded once. Differentiable in all three, once. Only the inputs are kept for the backward pass.
+
+Cost for Y and V bytes of y and v: 2 Y + V forward and 3 Y + 2 V backward, and the logits.
+Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
+Source: PRs #265 and #478 of the challenge; gates #1667 and #1787.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.ops import backends, checks
+
+EPSILON = 1e-12
+
+backends.register("xsa_gate", triton=("cuda",))
+
+
+def xsa_gate(y: Tensor, v: Tensor, logits: Tensor | None = None, gain: float = 1.0, logit_scale: float = 1.0) -> Tensor:
+    """Attention's output without its part along the token's own value, gated.
+
+    Args:
+        y: (..., heads, D) attention's output, floating.
+        v: (..., kv_heads, D) values, like y.
+        logits: (..., heads) of the gate, like y, or None.
+        gain: the gate's largest value.
+        logit_scale: factor of the logits.
+    """
+    _check(y, v, logits, gain, logit_scale)
+    backend = "reference" if y.dtype == torch.float64 else backends.choose("xsa_gate", y.device.type)
+    tokens = math.prod(y.shape[:-2])
+    flat = logits if logits is None else logits.reshape(tokens, y.shape[-2])
+    y_flat, v_flat = (x.reshape(tokens, *x.shape[-2:]) for x in (y, v))
+    return _forward(y_flat, v_flat, flat, float(gain), float(logit_scale), backend).view(y.shape)
+
+
+def xsa_gate_reference(
+    y: Tensor, v: Tensor, logits: Tensor | None = None, gain: float = 1.0, logit_scale: float = 1.0
+) -> Tensor:
+    """The definition in plain PyTorch; arguments as for `xsa_gate`."""
+    u = F.normalize(v, dim=-1).repeat_interleave(y.shape[-2] // v.shape[-2], dim=-2)
+    out = y - (y * u).sum(-1, keepdim=True) * u
+    return out if logits is None else out * (gain * torch.sigmoid(logit_scale * logits)).unsqueeze(-1)
+
+
+@torch.library.custom_op("pgolf::xsa_gate", mutates_args=())
+def _forward(
+    y: Tensor,  # (T, heads, D)
+    v: Tensor,  # (T, kv_heads, D)
+    logits: Tensor | None,  # (T, heads)
+    gain: float,
+    logit_scale: float,
+    backend: str,
+) -> Tensor:
+    _check(y, v, logits, gain, logit_scale)  # again: this operation can be called without the public function
+    if _uses_kernel(y, v, backend):
+        from pgolf.triton_kernels.xsa_gate import launch  # here, because triton is not on every machine
+
+        gates = None if logits is None else logits.contiguous()
+        return launch(y.contiguous(), v.contiguous(), gates, gain, logit_scale)
+    grouped, u, _ = _grouped(y, v)
+    out = (grouped - (grouped * u).sum(-1, keepdim=True) * u).flatten(1, 2)
+    if logits is not None:
+        out = out * (gain * torch.sigmoid(logit_scale * logits.to(out.dtype))).unsqueeze(-1)
+    return out.to(y.dtype)
+
+
+@_forward.register_fake
+def _(y, v, logits, gain, logit_scale, backend):
+    return y.new_empty(y.shape)
+
+
+@torch.library.custom_op("pgolf::xsa_gate_backward", mutates_args=())
+def _gradients(
+    y: Tensor, v: Tensor, logits: Tensor | None, grad: Tensor, gain: float, logit_scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:  # dy, dv, dlogits
+    if _uses_kernel(y, v, backend):
+        from pgolf.triton_kernels.xsa_gate import launch_backward
+
+        gates = None if logits is None else logits.contiguous()
+        dy, dv, dlogits = launch_backward(y.contiguous(), v.contiguous(), gates, grad.contiguous(), gain, logit_scale)
+        return dy, dv, y.new_empty(0) if dlogits is None else dlogits
+    grouped, u, length = _grouped(y, v)
+    e = grad.to(u.dtype).reshape(grouped.shape)
+    along = (grouped * u).sum(-1, keepdim=True)
+    dlogits = y.new_empty(0)
+    if logits is not None:
+        sigmoid = torch.sigmoid(logit_scale * logits.to(u.dtype)).reshape(*grouped.shape[:-1], 1)
+        dgate = (e * (grouped - along * u)).sum(-1, keepdim=True)
+        dlogits = (dgate * (gain * logit_scale) * sigmoid * (1 - sigmoid)).view(logits.shape).to(y.dtype)
+        e = e * (gain * sigmoid)
+    e_along = (e * u).sum(-1, keepdim=True)
+    du = -(along * e + e_along * grouped).sum(2, keepdim=True)
+    outward = torch.where(length > EPSILON, (du * u).sum(-1, keepdim=True), 0.0)
+    dv = ((du - outward * u) / length.clamp_min(EPSILON)).squeeze(2)
+    return (e - e_along * u).flatten(1, 2).to(y.dtype), dv.to(v.dtype), dlogits
+
+
+@_gradients.register_fake
+def _(y, v, logits, grad, gain, logit_scale, backend):
+    return y.new_empty(y.shape), v.new_empty(v.shape), y.new_empty(0 if logits is None else logits.shape)
+
+
+def _grouped(y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y (T, kv_heads, heads / kv_heads, D), u (T, kv_heads, 1, D) and |v|, in float32 or wider."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    values = v.to(wide).unsqueeze(2)
+    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    grouped = y.to(wide).reshape(*v.shape[:2], y.shape[1] // v.shape[1], y.shape[2])
+    return grouped, values / length.clamp_min(EPSILON), length
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    y, v, logits, ctx.gain, ctx.logit_scale, ctx.backend = inputs
+    ctx.save_for_backward(y, v, logits)
+
+
+def _backward(ctx, grad: Tensor):
+    y, v, logits = ctx.saved_tensors
+    dy, dv, dlogits = _gradients(y, v, logits, grad, ctx.gain, ctx.logit_scale, ctx.backend)
+    return dy, dv, None if logits is None else dlogits, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _uses_kernel(y: Tensor, v: Tensor, backend: str) -> bool:
+    if backend != "triton" or y.numel() == 0:
+        return False
+    from pgolf.triton_kernels.xsa_gate import accepts
+
+    return accepts(y.dtype, y.shape[2], y.shape[1] // v.shape[1])
+
+
+def _check(y: Tensor, v: Tensor, logits: Tensor | None, gain: float, logit_scale: float) -> None:
+    checks.tensor("y", y, checks.FLOATS)
+    checks.tensor("v", v, (y.dtype,))
+    if y.ndim < 2:
+        raise ValueError(f"y: shape {tuple(y.shape)} is not accepted; expected (..., heads, D)")
+    if v.ndim < 2 or not v.shape[-2] or y.shape[-2] % v.shape[-2]:
+        raise ValueError(
+            f"v: shape {tuple(v.shape)} is not accepted; expected (..., kv_heads, D) with kv_heads a divisor of "
+            f"{y.shape[-2]}"
+        )
+    checks.shape("v", v, (*y.shape[:-2], v.shape[-2], y.shape[-1]), "tokens and head_dim of y")
+    checks.same_device("y", y, v=v)
+    if logits is not None:
+        checks.tensor("logits", logits, (y.dtype,))
+        checks.shape("logits", logits, y.shape[:-1], "one for each head of y")
+        checks.same_device("y", y, logits=logits)
+    checks.number("gain", gain)
+    checks.number("logit_scale", logit_scale)

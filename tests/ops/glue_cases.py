@@ -1,0 +1,133 @@
+"""What the tests of the operations between matrix products share: each form with its inputs and its formula."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgolf import ops
+
+
+class Case(NamedTuple):
+    operation: str
+    make: Callable[
+        [torch.dtype, str, int], tuple[Tensor, ...]
+    ]  # dtype, device, tokens -> inputs, leaves need gradients
+    ours: Callable[..., tuple[Tensor, ...]]
+    formula: Callable[..., tuple[Tensor, ...]]  # written out from the docstring
+
+
+def leaf(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+
+def rms(x: Tensor) -> Tensor:
+    eps = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).eps
+    return (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+SCALE = 0.7
+
+
+def residual(branch: bool, streams: int, keep_sum: bool = False, dim: int = 48) -> Case:
+    def make(dtype, device, tokens):
+        tensors = [leaf(tokens, dim, dtype=dtype, device=device) for _ in range(1 + branch + streams)]
+        return *tensors, *([leaf(1 + streams, dim, dtype=dtype, device=device)] if streams else [])
+
+    def split(tensors):
+        x, *others = tensors
+        added = others.pop(0) if branch else None
+        weights = others.pop() if streams else None
+        return x, added, others, weights
+
+    def ours(*tensors):
+        if keep_sum:
+            return ops.residual_sum_rms_norm(*split(tensors), SCALE)
+        return ops.residual_rms_norm(*split(tensors), SCALE)
+
+    def formula(*tensors):
+        x, added, others, weights = split(tensors)
+        u = x + added if branch else x
+        m = u
+        if streams:
+            m = sum(weight * stream for weight, stream in zip(weights, (u, *others), strict=True))
+        return *([u] if keep_sum else []), m, SCALE * m / rms(m)
+
+    return Case("residual_rms_norm", make, ours, formula)
+
+
+def queries_and_keys(heads: int, kv_heads: int, head_dim: int, half: int, rows: int = 2) -> Case:
+    def make(dtype, device, tokens):
+        q, k = (leaf(rows, tokens, n, head_dim, dtype=dtype, device=device) for n in (heads, kv_heads))
+        angle = 7 * torch.randn(tokens, half, device=device)
+        return q, k, angle.cos().to(dtype), angle.sin().to(dtype), leaf(heads, dtype=dtype, device=device)
+
+    def formula(q, k, cos, sin, gain):
+        outs = []
+        for x, factor in ((q, gain.unsqueeze(-1)), (k, 1)):
+            n = x / rms(x)
+            a, b = n[..., :half], n[..., half : 2 * half]
+            c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+            outs.append(torch.cat((a * c + b * s, b * c - a * s, n[..., 2 * half :]), -1) * factor)
+        return tuple(outs)
+
+    return Case("qk_norm_rope", make, ops.qk_norm_rope, formula)
+
+
+def exclusive(gate: bool, heads: int, kv_heads: int, head_dim: int) -> Case:
+    def make(dtype, device, tokens):
+        y, v = (leaf(tokens, n, head_dim, dtype=dtype, device=device) for n in (heads, kv_heads))
+        return y, v, *([leaf(tokens, heads, dtype=dtype, device=device)] if gate else [])
+
+    def ours(y, v, logits=None):
+        return (ops.xsa_gate(y, v, logits, 2.0, 0.5),)
+
+    def formula(y, v, logits=None):
+        u = (v / v.square().sum(-1, keepdim=True).sqrt()).repeat_interleave(heads // kv_heads, -2)
+        out = y - (y * u).sum(-1, keepdim=True) * u
+        return (out if logits is None else out * (2 / (1 + torch.exp(-0.5 * logits))).unsqueeze(-1),)
+
+    return Case("xsa_gate", make, ours, formula)
+
+
+CASES = {
+    "add": residual(True, 0),
+    "mix": residual(False, 1),
+    "add + mix": residual(True, 1),
+    "add + mix + skip": residual(True, 2),
+    "add + mix, sum kept": residual(True, 1, keep_sum=True),
+    "part of a head": queries_and_keys(3, 1, 20, 4),
+    "the whole head": queries_and_keys(4, 2, 16, 8),
+    "xsa": exclusive(False, 4, 2, 24),
+    "xsa + gate": exclusive(True, 6, 2, 24),
+}
+RECORD = {  # at the record's widths, for a GPU
+    "add": residual(True, 0, dim=512),
+    "mix": residual(False, 1, dim=512),
+    "add + mix": residual(True, 1, dim=512),
+    "add + mix + skip": residual(True, 2, dim=512),
+    "add + mix, sum kept": residual(True, 1, keep_sum=True, dim=512),
+    "qk": queries_and_keys(8, 4, 64, 8),
+    "xsa + gate": exclusive(True, 8, 4, 64),
+}
+
+
+def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor.requires_grad)
+
+
+def exactly(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same numbers in float64."""
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+
+
+def run(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], upstream: list[Tensor]):
+    """Results and gradients of all leaves."""
+    outs = function(*inputs)
+    grads = torch.autograd.grad(outs, leaves_of(inputs), [g.to(o.dtype) for g, o in zip(upstream, outs, strict=True)])
+    return [out.detach() for out in outs] + list(grads)
+
+
+def upstream_of(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [torch.randn_like(out) for out in case.formula(*(t.detach() for t in inputs))]

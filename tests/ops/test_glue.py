@@ -1,0 +1,160 @@
+"""The operations between the matrix products against float64, with gradients, registration and hostile input."""
+
+import pytest
+import torch
+from glue_cases import CASES, exactly, run, upstream_of
+from numerics import DTYPES, NO_WORSE, TOLERANCE, relative_error
+
+from pgolf import ops
+from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
+from pgolf.ops.residual_rms_norm import residual_rms_norm_reference
+from pgolf.ops.xsa_gate import xsa_gate_reference
+
+CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@CASE
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.usefixtures("poisoned")
+def test_forward_and_gradients_against_float64(case, dtype):
+    inputs = case.make(dtype, "cpu", 200)
+    upstream = upstream_of(case, inputs)
+    mine, plain = run(case.ours, inputs, upstream), run(case.formula, inputs, upstream)
+    for found, plainly, true in zip(mine, plain, run(case.formula, exactly(inputs), upstream), strict=True):
+        assert found.dtype == dtype
+        error = relative_error(found, true.double())
+        assert error < TOLERANCE[dtype]
+        by_chance = 2 / found.numel() ** 0.5
+        assert error <= (NO_WORSE + by_chance) * relative_error(plainly, true) + 1e-2 * TOLERANCE[dtype]
+
+
+@CASE
+def test_gradcheck(case):
+    inputs = case.make(torch.float64, "cpu", 2)
+    torch.autograd.gradcheck(case.ours, inputs, fast_mode=True)
+
+
+def test_the_definitions_are_the_formulas():
+    x, branch, first, second, weights = inputs = CASES["add + mix + skip"].make(torch.float64, "cpu", 5)
+    found = [residual_rms_norm_reference(x, branch, [first, second], weights, 0.7)]
+    expected = [CASES["add + mix + skip"].formula(*inputs)]
+    inputs = CASES["part of a head"].make(torch.float64, "cpu", 5)
+    found.append(qk_norm_rope_reference(*inputs))
+    expected.append(CASES["part of a head"].formula(*inputs))
+    inputs = CASES["xsa + gate"].make(torch.float64, "cpu", 5)
+    found.append(xsa_gate_reference(*inputs, 2.0, 0.5))
+    expected.append(CASES["xsa + gate"].formula(*inputs)[0])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["add + mix, sum kept", "part of a head", "xsa + gate"])
+def test_one_graph(name):
+    case = CASES[name]
+    inputs = case.make(torch.float32, "cpu", 6)
+    upstream = upstream_of(case, inputs)
+    compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, inputs, upstream), run(case.ours, inputs, upstream))
+
+
+def test_opcheck():
+    x, branch, first, second, weights = CASES["add + mix + skip"].make(torch.float32, "cpu", 6)
+    forward, backward = torch.ops.pgolf.residual_rms_norm.default, torch.ops.pgolf.residual_rms_norm_backward.default
+    for arguments in (
+        (x, branch, first, second, weights, 0.7, True, "reference"),
+        (x, branch, None, None, None, 1.0, False, "reference"),
+    ):
+        torch.library.opcheck(forward, arguments)
+    tensors = [t.detach() for t in (x, branch, first, second, weights, x, branch, first)]
+    torch.library.opcheck(backward, (*tensors, 0.7, "reference"))
+    q, k, cos, sin, gain = inputs = CASES["part of a head"].make(torch.float32, "cpu", 3)
+    q, k = (t.detach().flatten(0, 1).requires_grad_() for t in (q, k))
+    torch.library.opcheck(torch.ops.pgolf.qk_norm_rope.default, (q, k, *inputs[2:], "reference"))
+    tensors = [t.detach() for t in (q, k, cos, sin, gain, q, k)]
+    torch.library.opcheck(torch.ops.pgolf.qk_norm_rope_backward.default, (*tensors, "reference"))
+    y, v, logits = CASES["xsa + gate"].make(torch.float32, "cpu", 6)
+    torch.library.opcheck(torch.ops.pgolf.xsa_gate.default, (y, v, logits, 2.0, 0.5, "reference"))
+    tensors = [t.detach() for t in (y, v, logits, y)]
+    torch.library.opcheck(torch.ops.pgolf.xsa_gate_backward.default, (*tensors, 2.0, 0.5, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("add", 1),  # m, of which the norm's gradient is computed; neither x nor the branch
+        ("mix", 2),
+        ("add + mix", 3),
+        ("add + mix, sum kept", 2),  # the sum in place of its two parts
+        ("xsa", 2),
+        ("the whole head", 2),
+    ],
+)
+def test_what_is_kept_for_the_backward_pass(name, kept):
+    case, saved = CASES[name], []
+    inputs = case.make(torch.float32, "cpu", 50)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        case.ours(*inputs)
+    assert sum(tensor.numel() >= inputs[1].numel() for tensor in saved) == kept
+
+
+@CASE
+def test_gradients_of_zero_strides_and_frozen_inputs(case):
+    inputs = case.make(torch.float32, "cpu", 7)
+    outs = case.ours(*inputs)
+    expected = torch.autograd.grad(outs, inputs[0], [torch.ones_like(out) for out in outs])
+    frozen = (inputs[0], *(t.detach() for t in inputs[1:]))
+    found = torch.autograd.grad(sum(out.sum() for out in case.ours(*frozen)), inputs[0])
+    torch.testing.assert_close(found, expected)
+    empty = tuple(t[:0] if t.shape[:1] == (7,) else t for t in inputs)
+    if case.operation != "qk_norm_rope":
+        assert all(out.shape[0] == 0 for out in case.ours(*empty))
+
+
+def test_one_of_the_results_alone():
+    x, branch, stream, weights = inputs = CASES["add + mix"].make(torch.float64, "cpu", 7)
+    for index in range(3):
+        out = ops.residual_sum_rms_norm(x, branch, [stream], weights)[index]
+        found = torch.autograd.grad(out.sin().sum(), inputs, allow_unused=True)
+        u = x + branch
+        m = weights[0] * u + weights[1] * stream
+        truth = (u, m, m * (m.square().mean(-1, keepdim=True) + torch.finfo(torch.float64).eps).rsqrt())[index]
+        expected = torch.autograd.grad(truth.sin().sum(), inputs, allow_unused=True)
+        for mine, true in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, torch.zeros_like(mine) if true is None else true)
+
+
+X, W = torch.zeros(3, 4), torch.zeros(2, 4)
+Q, K, TABLE, GAIN = torch.zeros(6, 4, 8), torch.zeros(6, 2, 8), torch.zeros(3, 4), torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "error", "message"),
+    [
+        ("residual_rms_norm", (X.int(),), TypeError, "x: dtype torch.int32"),
+        ("residual_rms_norm", (torch.tensor(1.0),), ValueError, "x: a 0-dimensional"),
+        ("residual_rms_norm", (X, X.half()), TypeError, "branch: dtype torch.float16"),
+        ("residual_rms_norm", (X, X[:2]), ValueError, r"branch: shape \(2, 4\), expected \(3, 4\)"),
+        ("residual_rms_norm", (X, None, [X]), ValueError, "weights: expected with streams"),
+        ("residual_rms_norm", (X, X, [], W), ValueError, "weights: expected with streams"),
+        ("residual_rms_norm", (X, None, [X, X, X], W), ValueError, "streams: 3 are not accepted"),
+        ("residual_rms_norm", (X, None, [X, X], W), ValueError, r"weights: shape \(2, 4\), expected \(3, 4\)"),
+        ("residual_rms_norm", (X, None, [X.to("meta")], W), ValueError, r"streams\[0\]: on meta"),
+        ("residual_rms_norm", (X, None, [], None, float("nan")), ValueError, "scale: nan"),
+        ("residual_rms_norm", (X, None, [], None, "1"), TypeError, "scale: expected a float, got str"),
+        ("qk_norm_rope", (Q[0, 0], K, TABLE, TABLE, GAIN), ValueError, r"q: shape \(8,\)"),
+        ("qk_norm_rope", (Q, K[:5], TABLE, TABLE, GAIN), ValueError, r"k: shape \(5, 2, 8\), expected \(6, 2, 8\)"),
+        ("qk_norm_rope", (Q, K.double(), TABLE, TABLE, GAIN), TypeError, "k: dtype torch.float64"),
+        ("qk_norm_rope", (Q, K, TABLE.new_zeros(4, 4), TABLE, GAIN), ValueError, "cos: 4 rows .* 6 tokens"),
+        ("qk_norm_rope", (Q, K, TABLE.new_zeros(3, 5), TABLE, GAIN), ValueError, r"cos: shape \(3, 5\)"),
+        ("qk_norm_rope", (Q, K, TABLE, TABLE[:1], GAIN), ValueError, r"sin: shape \(1, 4\), expected \(3, 4\)"),
+        ("qk_norm_rope", (Q, K, TABLE, TABLE, GAIN[:2]), ValueError, r"gain: shape \(2,\), expected \(4,\)"),
+        ("xsa_gate", (Q, Q[:, :3]), ValueError, "with kv_heads a divisor of 4"),
+        ("xsa_gate", (Q, K[:2]), ValueError, r"v: shape \(2, 2, 8\), expected \(6, 2, 8\)"),
+        ("xsa_gate", (Q, K, GAIN), ValueError, r"logits: shape \(4,\), expected \(6, 4\)"),
+        ("xsa_gate", (Q, K, Q[..., 0].bfloat16()), TypeError, "logits: dtype torch.bfloat16"),
+        ("xsa_gate", (Q, K, None, float("inf")), ValueError, "gain: inf"),
+        ("xsa_gate", (Q.to_sparse(), K), ValueError, "y: layout"),
+    ],
+)
+def test_wrong_arguments_are_named(operation, arguments, error, message):
+    with pytest.raises(error, match=message):
+        getattr(ops, operation)(*arguments)

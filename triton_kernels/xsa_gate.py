@@ -1,0 +1,183 @@
+"""Exclusive self-attention and the gate a head, in one pass over attention's output; the backward pass in another.
+
+    u = v / max(|v|, eps),  o = y - (y·u) u,  g = gain · σ(logit_scale · logit),  out = g o       a token and query head
+    e = g grad:  dy = e - (e·u) u,   du = -Σ_heads ((y·u) e + (e·u) y),   dlogit = (grad·o) gain logit_scale σ (1 - σ)
+    dv = (du - u (u·du)) / |v|
+
+A row is a token and value head; its query heads are taken one after the other while the row of v stays in registers, so
+v is read once and the sum over its query heads is a plain addition.
+
+Floor for Y and V bytes of attention's output and of the values: 2 Y + V forward, 3 Y + 2 V backward, and the logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pgolf.triton_kernels.memory import load_wide, store_narrow
+from pgolf.triton_kernels.variants import Variant, architecture, signature
+
+LARGEST_HEAD = 512
+EPSILON = 1e-12  # of torch's normalize
+
+
+@dataclass(frozen=True)
+class Launch:
+    tile: int  # values of a block of rows
+    num_warps: int
+
+
+LAUNCHES = {90: Launch(tile=2048, num_warps=4)}
+SAFE_LAUNCH = Launch(tile=2048, num_warps=4)
+
+
+@triton.jit
+def load_direction(v_ptr, rows, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of this program (ROWS, 1), its columns and what is inside, u and |v|."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, DIM_PADDED)[None, :]
+    inside = (row < rows) & (column < DIM)
+    v = load_wide(v_ptr, row * DIM + column, inside)
+    length = tl.sqrt_rn(tl.sum(v * v, 1))[:, None]
+    return row, column, inside, v / tl.maximum(length, 1e-12), length
+
+
+@triton.jit
+def xsa_gate_kernel(
+    y_ptr,  # floating [rows, GROUP, DIM]: tokens and value heads, query heads of each
+    v_ptr,  # floating [rows, DIM]
+    logits_ptr,  # floating [rows, GROUP], read with GATE
+    out_ptr,  # as y
+    rows,
+    gain,
+    logit_scale,
+    GATE: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, column, inside, u, _ = load_direction(v_ptr, rows, DIM, DIM_PADDED, ROWS)
+    for head in tl.static_range(GROUP):
+        at = (row * GROUP + head) * DIM + column
+        y = load_wide(y_ptr, at, inside)
+        out = y - tl.sum(y * u, 1)[:, None] * u
+        if GATE:
+            out *= gain * tl.sigmoid(logit_scale * load_wide(logits_ptr, row * GROUP + head, row < rows))
+        store_narrow(out_ptr, at, out, inside)
+
+
+@triton.jit
+def xsa_gate_backward_kernel(
+    y_ptr,  # as in the forward kernel
+    v_ptr,
+    logits_ptr,
+    grad_ptr,  # as y
+    dy_ptr,
+    dv_ptr,
+    dlogits_ptr,  # as logits, written with GATE
+    rows,
+    gain,
+    logit_scale,
+    GATE: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, column, inside, u, length = load_direction(v_ptr, rows, DIM, DIM_PADDED, ROWS)
+    du = tl.zeros((ROWS, DIM_PADDED), tl.float32)
+    for head in tl.static_range(GROUP):
+        at = (row * GROUP + head) * DIM + column
+        y = load_wide(y_ptr, at, inside)
+        e = load_wide(grad_ptr, at, inside)
+        along = tl.sum(y * u, 1)[:, None]
+        if GATE:
+            sigmoid = tl.sigmoid(logit_scale * load_wide(logits_ptr, row * GROUP + head, row < rows))
+            dgate = tl.sum(e * (y - along * u), 1)[:, None]
+            dlogit = dgate * gain * logit_scale * sigmoid * (1.0 - sigmoid)
+            store_narrow(dlogits_ptr, row * GROUP + head, dlogit, row < rows)
+            e *= gain * sigmoid
+        e_along = tl.sum(e * u, 1)[:, None]
+        store_narrow(dy_ptr, at, e - e_along * u, inside)
+        du -= along * e + e_along * y
+    # Below eps the length is a constant.
+    outward = tl.where(length > 1e-12, tl.sum(du * u, 1)[:, None], 0.0)
+    store_narrow(dv_ptr, row * DIM + column, (du - outward * u) / tl.maximum(length, 1e-12), inside)
+
+
+def accepts(dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether the kernels compute this; the rest is for plain PyTorch."""
+    return dtype != torch.float64 and head_dim <= LARGEST_HEAD and group <= 16
+
+
+def launch(y: Tensor, v: Tensor, logits: Tensor | None, gain: float, logit_scale: float) -> Tensor:
+    """y (T, heads, head_dim), v (T, kv_heads, head_dim), logits (T, heads), all contiguous."""
+    out = torch.empty_like(y)
+    with torch.cuda.device_of(y):
+        xsa_gate_kernel[_grid(v)](
+            y, v, y if logits is None else logits, out, v.shape[0] * v.shape[1], gain, logit_scale,
+            GATE=logits is not None, **_sizes(y, v),
+        )  # fmt: skip
+    return out
+
+
+def launch_backward(
+    y: Tensor, v: Tensor, logits: Tensor | None, grad: Tensor, gain: float, logit_scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dy, dv, dlogits)."""
+    dy, dv = torch.empty_like(y), torch.empty_like(v)
+    dlogits = None if logits is None else torch.empty_like(logits)
+    with torch.cuda.device_of(y):
+        xsa_gate_backward_kernel[_grid(v)](
+            y, v, y if logits is None else logits, grad, dy, dv, dy if dlogits is None else dlogits,
+            v.shape[0] * v.shape[1], gain, logit_scale,
+            GATE=logits is not None, **_sizes(y, v),
+        )  # fmt: skip
+    return dy, dv, dlogits
+
+
+def _config(x: Tensor) -> Launch:
+    return LAUNCHES.get(architecture(x.device), SAFE_LAUNCH)
+
+
+def _grid(v: Tensor) -> tuple[int]:
+    return (triton.cdiv(v.shape[0] * v.shape[1], _constexprs(1, v.shape[2], _config(v))["ROWS"]),)
+
+
+def _sizes(y: Tensor, v: Tensor) -> dict[str, int]:
+    config = _config(y)
+    return _constexprs(y.shape[1] // v.shape[1], y.shape[2], config) | {"num_warps": config.num_warps}
+
+
+def _constexprs(group: int, head_dim: int, config: Launch) -> dict[str, int]:
+    padded = triton.next_power_of_2(head_dim)
+    return {"GROUP": group, "DIM": head_dim, "DIM_PADDED": padded, "ROWS": max(config.tile // padded, 1)}
+
+
+def _variant(gate: bool, backward: bool, tokens: int = 98304) -> Variant:
+    heads, kv_heads, head_dim = 8, 4, 64
+    config = LAUNCHES[90]
+    kernel = xsa_gate_backward_kernel if backward else xsa_gate_kernel
+    constexprs = {"GATE": gate, **_constexprs(heads // kv_heads, head_dim, config)}
+    y, v, logits = tokens * heads * head_dim, tokens * kv_heads * head_dim, tokens * heads if gate else 0
+    moved = 3 * y + 2 * v + 2 * logits if backward else 2 * y + v + logits
+    return Variant(
+        name=f"xsa_gate {'backward' if backward else 'forward'}{'' if gate else ' without gate'} bf16 "
+        f"{tokens}x{heads}x{head_dim}, {kv_heads} values",
+        kernel=kernel,
+        signature=signature(kernel, constexprs, gain="fp32", logit_scale="fp32"),
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=3,
+        programs=triton.cdiv(tokens * kv_heads, constexprs["ROWS"]),
+        bytes_moved=2 * moved,
+        flops=(16 if backward else 6) * y,
+        aligned=tuple(name for name in kernel.arg_names if name.endswith("_ptr")),
+    )
+
+
+VARIANTS = [_variant(gate, backward) for gate in (True, False) for backward in (False, True)]
