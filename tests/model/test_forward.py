@@ -5,8 +5,8 @@ import torch
 from plain_model import plain_logits
 from techniques import TECHNIQUES
 
-from pgolf.model import Model, ModelConfig
-from pgolf.model.glue import OPERATIONS
+from pgolf.model import Model, ModelConfig, glue
+from pgolf.model.glue import OPERATIONS, choose_fused_glue
 from pgolf.settings import load_settings
 
 
@@ -41,6 +41,17 @@ def test_fused_operations_change_nothing(technique, random_model):
         torch.testing.assert_close(*found)
     if technique == "record":
         torch.compile(model.loss, fullgraph=True, backend="eager")(tokens, targets)
+
+
+def test_the_choice_of_fused_operations(monkeypatch):
+    """On a GPU `auto` follows the table of what was measured to win; nothing was yet."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert choose_fused_glue("on", cpu) == OPERATIONS
+    assert choose_fused_glue("auto", cpu) == choose_fused_glue("auto", cuda) == choose_fused_glue("off", cuda) == set()
+    monkeypatch.setitem(glue.WINS, (9, 0), frozenset({"xsa_gate"}))
+    assert choose_fused_glue("auto", cuda) == {"xsa_gate"}
+    assert choose_fused_glue("auto", cpu) == choose_fused_glue("off", cuda) == set()
 
 
 @pytest.mark.parametrize("lane", ["attn", "mlp"])
