@@ -162,7 +162,7 @@ def _as_on_cuda() -> Iterator[None]:
             torch.compiler.reset()
 
 
-def _always_triton(op: str, device_type: str, forced: str | None) -> str:
+def _always_triton(op: str, device_type: str, forced: str | None, *_: object) -> str:
     return "triton"
 
 
