@@ -35,6 +35,7 @@ README_ROWS = [  # (operation, case), and what a reader calls it
     ("leaky_relu2_mlp stack", "forward + backward", "stack of LeakyReLU² MLP blocks, forward + backward"),
     ("newton_schulz", "up", "Newton-Schulz, 5 steps"),
     ("gptq", "bank", "GPTQ int6 of a bank"),
+    ("NgramCache.score", "adaptive", "causal n-gram cache, orders 2 to 7, one core"),
     ("training_step", "demo", "training step, preset `demo`"),
     ("training_step", "baseline", "training step, preset `baseline`, 1/8 of its batch"),
     ("write_artifact", "demo", "write the demo's artifact"),
