@@ -180,6 +180,8 @@ DEMO: dict[str, Any] = {
     "mlp_mult": 3.0,
     "mlp_slope": 0.5,
     "qk_gain_init": 4.0,
+    "xsa_last_n": 3,
+    "smear_gate_enabled": True,
     "max_wallclock_seconds": 130.0,
     "gptq_reserve_seconds": 6.0,
     "train_batch_tokens": 4096,
