@@ -88,7 +88,7 @@ def test_bytes_of_known_kernels(kernels):
     copies = [
         k.bytes_moved
         for k in kernels
-        if not k.backward and step_operations.functions(k) == {"_attend", "_cast", "_rows"}
+        if not k.backward and step_operations.functions(k) == {"_attend", "_cast", "_norm_and_rotate", "_rows"}
     ]
     assert copies == [2 * X + 2 * HEADS] * 2 or copies == [2 * X + 4 * HEADS] * 2
 

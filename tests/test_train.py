@@ -264,7 +264,7 @@ def test_what_a_run_goes_through_is_compiled_in_warm_up(trainer, monkeypatch):
         _, _, borders, longest = batch
         lengths.append((longest, int(borders.diff().max()), t.model.looping, t.model.fake_quantize is not None))
         loss = compiled(*batch)
-        assert torch.equal(loss, t.training_loss(*batch))
+        torch.testing.assert_close(loss, t.training_loss(*batch), rtol=1e-6, atol=0)  # eager sums it in other chunks
         for switch, other in (("looping", False), ("fake_quantize", None)):
             with monkeypatch.context() as patch:
                 if getattr(t.model, switch):
