@@ -117,7 +117,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         if settings.ngram == "off":
             final, mixed = score(stranger), None
         else:
-            final, mixed = evaluate_ngram(stranger, data, settings, ranks)
+            final, mixed = evaluate_ngram(stranger, data.val_tokens, data.val_token_bytes, settings, ranks)
     run.log(f"final_artifact_roundtrip_exact val_loss:{final.loss:.8f} val_bpb:{final.bpb:.8f}")
     if mixed:
         run.log(f"ngram:{settings.ngram} val_loss:{mixed.loss:.8f} val_bpb:{mixed.bpb:.8f}")

@@ -33,7 +33,8 @@ def main() -> None:
             model = model_from_artifact(artifact, compute_dtype(settings.dtype, ranks.device), ranks.device)
             for mixing in MIXINGS:
                 begin = time.perf_counter()
-                base, mixed = evaluate_ngram(model, data, settings.model_copy(update={"ngram": mixing}), ranks)
+                chosen = settings.model_copy(update={"ngram": mixing})
+                base, mixed = evaluate_ngram(model, data.val_tokens, data.val_token_bytes, chosen, ranks)
                 seconds = time.perf_counter() - begin
                 if mixing == MIXINGS[0]:
                     print(f"| {folder.name} | {base.tokens} | none | {base.bpb:.4f} | | |", flush=True)

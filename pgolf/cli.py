@@ -14,6 +14,8 @@ from pgolf.errors import ArtifactError, DataError, PgolfError, UserError
 
 # What needs torch is imported by the command that uses it: `pgolf doctor` must run where torch does not.
 
+MIXINGS = ("adaptive", "dirichlet", "pyp", "tilt")  # of pgolf.ngram_cache, which needs torch
+
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line and status 2."""
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     score.add_argument("--tokenizer-path", help="SentencePiece model (default: the run's)")
     score.add_argument("--seq-len", type=int, help="tokens of context at most (default: the run's)")
     score.add_argument("--stride", type=int, help="tokens scored by each further window (default: the run's)")
+    score.add_argument("--ngram", choices=MIXINGS, help="also with a causal n-gram cache, mixed so (default: without)")
     score.add_argument("--json", action="store_true")
     score.set_defaults(run=run_eval)
 
@@ -135,9 +138,11 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from pgolf.dataset import validation_split
     from pgolf.distributed import launch
     from pgolf.evaluate import evaluate
+    from pgolf.evaluate_ngram import evaluate_ngram
     from pgolf.machine import compute_dtype
     from pgolf.quantize import model_from_artifact
     from pgolf.run import read_settings
+    from pgolf.settings import load_settings
 
     target = Path(arguments.target)
     folder = target if target.is_dir() else target.parent
@@ -160,7 +165,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
         attention = choose_attention("auto", ranks.device, dtype, scoring["seq_len"])
         model = model_from_artifact(artifact, dtype, ranks.device, attention)
         batch_tokens = saved.val_batch_size if saved else 65_536
-        score = evaluate(model, tokens, token_bytes, batch_tokens=batch_tokens, ranks=ranks, **scoring)
+        if arguments.ngram:
+            chosen = {"ngram": arguments.ngram, "vocab_size": tokenizer.vocab_size, "val_batch_size": batch_tokens}
+            settings = (saved or load_settings({}, preset="baseline")).model_copy(update=chosen)
+            score, mixed = evaluate_ngram(model, tokens, token_bytes, settings, ranks, scoring)
+        else:
+            score, mixed = evaluate(model, tokens, token_bytes, batch_tokens=batch_tokens, ranks=ranks, **scoring), None
     result = {
         "artifact": str(path),
         "artifact_bytes": artifact.bytes.total,
@@ -168,12 +178,14 @@ def run_eval(arguments: argparse.Namespace) -> int:
         "val_bytes": score.bytes,
         "val_loss": score.loss,
         "val_bpb": score.bpb,
+        **({"val_bpb_ngram": mixed.bpb} if mixed else {}),
     }
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
+        cached = f" ({mixed.bpb:.4f} with the n-gram cache)" if mixed else ""
         print(
-            f"{path}: val_bpb {score.bpb:.4f}, val_loss {score.loss:.4f} nats a token, "
+            f"{path}: val_bpb {score.bpb:.4f}{cached}, val_loss {score.loss:.4f} nats a token, "
             f"{score.tokens:,} tokens, {score.bytes:,} bytes of text, artifact {artifact.bytes.total:,} bytes"
         )
     return 0

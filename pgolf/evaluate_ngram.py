@@ -9,12 +9,12 @@ and all targets before it say, and then counted. What arrives early waits for it
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf.dataset import Dataset
 from pgolf.distributed import Ranks
 from pgolf.evaluate import Score, target_losses
 from pgolf.model import Model
@@ -25,9 +25,16 @@ BYTES_A_TOKEN = 80  # of memory: twice what English text takes
 LEAST_MEMORY = 1 << 23
 
 
-def evaluate_ngram(model: Model, data: Dataset, settings: Settings, ranks: Ranks) -> tuple[Score, Score]:
-    """(the model's score, the score with the cache) of the validation split."""
-    tokens, how = data.val_tokens, settings.scoring
+def evaluate_ngram(
+    model: Model,
+    tokens: Tensor,  # (count,) integer, the validation split
+    token_bytes: Tensor,  # (count,) bytes of text each token stands for, given the one before it
+    settings: Settings,
+    ranks: Ranks,
+    scoring: dict[str, Any] | None = None,  # seq_len, stride and bos_id of `evaluate`; by default the settings'
+) -> tuple[Score, Score]:
+    """(the model's score, the score with the cache)."""
+    how = settings.scoring if scoring is None else scoring
     most = max(settings.val_batch_size, how["seq_len"])
 
     def losses(others: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -47,7 +54,7 @@ def evaluate_ngram(model: Model, data: Dataset, settings: Settings, ranks: Ranks
             for _ in arriving:
                 pass
             nats, mixed = ranks.agree(0.0, 0.0)
-    size = int(data.val_token_bytes[1:].sum())
+    size = int(token_bytes[1:].sum())
     return Score(nats, len(targets), size), Score(mixed, len(targets), size)
 
 
@@ -59,6 +66,8 @@ def new_cache(settings: Settings, tokens: Tensor) -> NgramCache:
         [order] if settings.ngram == "tilt" else range(2, order + 1),
         settings.ngram,
         min(settings.ngram_memory_bytes, max(LEAST_MEMORY, BYTES_A_TOKEN * len(tokens))),
+        threshold=settings.ngram_threshold,
+        boost=settings.ngram_boost,
     )
     cache.update(tokens[:1])
     return cache

@@ -147,6 +147,8 @@ class Settings(BaseModel):
     ngram: Literal["off", "adaptive", "dirichlet", "pyp", "tilt"] = "off"
     ngram_order: int = Field(0, ge=0, le=16)  # highest; 0: 7, of tilt 16
     ngram_memory_bytes: int = Field(1 << 30, ge=1 << 22, le=1 << 36)  # at most; a short split takes less
+    ngram_threshold: float = Field(0.8, gt=0, le=1)  # of tilt: a hint came true in this share of its cases, or no tilt
+    ngram_boost: float = Field(2.625, ge=-50, le=50)  # of tilt: what it adds to the hint's logit, in nats
 
     # scoring
     eval_seq_len: int = Field(0, ge=0)  # tokens of context at most; 0: TRAIN_SEQ_LEN

@@ -39,7 +39,7 @@ def model_and_data():
 
 def scores(ranks: Ranks) -> dict:
     model, data = model_and_data()
-    return {mode: evaluate_ngram(model, data, setting(mode), ranks) for mode in MODES}
+    return {mode: evaluate_ngram(model, data.val_tokens, data.val_token_bytes, setting(mode), ranks) for mode in MODES}
 
 
 def work(rank: int, folder: Path) -> None:
@@ -53,7 +53,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_it_is_the_cache_on_the_models_probabilities(mode):
     model, data = model_and_data()
-    base, mixed = evaluate_ngram(model, data, setting(mode), ALONE)
+    base, mixed = evaluate_ngram(model, data.val_tokens, data.val_token_bytes, setting(mode), ALONE)
     tokens, targets = data.val_tokens, data.val_tokens[1:].numpy()
     plain = evaluate(model, tokens, data.val_token_bytes, 16, 48, ALONE)
     assert (base.tokens, base.bytes) == (mixed.tokens, mixed.bytes) == (plain.tokens, plain.bytes)

@@ -126,7 +126,7 @@ def test_the_artifact_holds_no_pickle_and_names_its_model(finished):
 def test_a_stranger_gets_the_same_score(finished):
     folder, _ = finished
     result = subprocess.run(
-        [sys.executable, "-m", "pgolf.cli", "eval", str(folder), "--json"],
+        [sys.executable, "-m", "pgolf.cli", "eval", str(folder), "--json", "--ngram", "adaptive"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -134,7 +134,9 @@ def test_a_stranger_gets_the_same_score(finished):
     )
     assert result.returncode == 0, result.stderr
     # The run scored in float32; `eval` takes what the machine is fastest at.
-    assert json.loads(result.stdout)["val_bpb"] == pytest.approx(summary_of(folder)["val_bpb_quantized"], abs=2e-3)
+    again, summary = json.loads(result.stdout), summary_of(folder)
+    assert again["val_bpb"] == pytest.approx(summary["val_bpb_quantized"], abs=2e-3)
+    assert again["val_bpb_ngram"] == pytest.approx(summary["val_bpb_ngram"], abs=2e-3)
 
 
 @pytest.fixture(scope="module")
