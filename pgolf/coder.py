@@ -82,6 +82,7 @@ def encode(
 ) -> bytes:
     """Encode int8 arrays or tensors of at most 3 dimensions: (rows, cols), or (count, rows, cols) for a bank.
 
+    `mode`: "mix", or "static" where that is smaller, as for few or nearly uniform values; "static" alone is fast.
     `trellis_states`: the values are indices whose quantiser follows from the parities before them in the row. `threads`
     work on it at most, by default as many as there are cores; the bytes do not depend on it.
     """
@@ -94,11 +95,12 @@ def encode(
         raise ValueError(f"values: rows of more than {MOST_TRELLIS_COLUMNS} values are not accepted with a trellis")
     tensors = [(array.shape, *_bounds(array)) for array in arrays]
     flat = arrays[0].reshape(-1) if len(arrays) == 1 else np.concatenate([np.empty(0, np.int8), *map(np.ravel, arrays)])
-    native = backends.native()
-    blob: bytes = native.encode_ints(
-        flat.ctypes.data, tensors, is_list, mode == "static", trellis_states, threads or _cores()
-    )
-    return blob
+    native, threads = backends.native(), threads or _cores()
+    blob: bytes = native.encode_ints(flat.ctypes.data, tensors, is_list, True, trellis_states, threads)
+    if mode == "static":
+        return blob
+    mixed: bytes = native.encode_ints(flat.ctypes.data, tensors, is_list, False, trellis_states, threads)
+    return min(mixed, blob, key=len)
 
 
 def decode(
