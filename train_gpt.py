@@ -85,7 +85,6 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         steps=trainer.step,
         tokens_seen=trainer.step * settings.train_batch_tokens,
         train_seconds=trainer.used_seconds,
-        step_ms=1000 * trainer.used_seconds / max(trainer.step, 1),
         wallclock_used_seconds=used,
         within_wallclock=used <= settings.max_wallclock_seconds,
     )

@@ -20,6 +20,7 @@ from pgolf.model import Model, ModelConfig
 from pgolf.ops import used
 from pgolf.settings import Settings, load_settings
 from pgolf.train import Trainer
+from pgolf.utilisation import flops_per_token
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -47,10 +48,10 @@ def make_trainer(settings: Settings, folder) -> Trainer:
     return Trainer(make_model(settings), loader, settings, RANKS, run=None)
 
 
-def work(model: Model, tokens: int, passes: int) -> Work:
-    """FLOPs of the matrix products, 2 a weight, token and pass (attention's own left out); bytes of the weights."""
-    met = model.config.weights_met(model.looping)
-    return Work(bytes=4 * model.config.parameters() * passes, flops=2 * met * tokens * passes, tokens=tokens)
+def work(model: Model, settings: Settings, tokens: int, passes: int) -> Work:
+    """FLOPs by the formula of a run's MFU, bytes of the weights."""
+    flops = flops_per_token(model.config, model.looping, settings.train_seq_len, passes)
+    return Work(bytes=4 * model.config.parameters() * passes, flops=flops * tokens, tokens=tokens)
 
 
 @pytest.mark.parametrize("preset", ["demo", "baseline", "pr1493", "pr1855", "record"])
@@ -77,7 +78,7 @@ def test_training_step(measure, preset, tmp_path):
         backend=("compiled, " if trainer.compiled else "") + " ".join(backends),
         make=tuple,
         call=step,
-        work=work(trainer.model, settings.train_batch_tokens, passes=3),
+        work=work(trainer.model, settings, settings.train_batch_tokens, passes=3),
     )
 
 
@@ -99,5 +100,5 @@ def test_scoring(measure):
         backend=used().get("softcapped_cross_entropy", "reference"),
         make=lambda: (torch.randint(settings.vocab_size, (count + 1,)),),
         call=call,
-        work=work(model, count, passes=1),
+        work=work(model, settings, count, passes=1),
     )

@@ -28,6 +28,7 @@ from pgolf.run import CHECKPOINT, Aborted, Interrupted, Run
 from pgolf.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
 from pgolf.settings import Settings
 from pgolf.train_log import TrainLog
+from pgolf.utilisation import flops_per_token, performance
 
 LAG = 2  # steps that a GPU may still have before it when the clock is read
 GRAPHS = 64  # of the forward pass, at most: the compiler's own limit is 8, and each phase has one or two
@@ -59,6 +60,7 @@ class Trainer:
             allow_compilations(GRAPHS)
             self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False)
         self.step = 0
+        self.flops = 0  # of all steps, on all ranks together
         self.used_seconds = 0.0  # of the wall-clock budget
         self.step_seconds = 0.0  # of one step, cautiously
         self.at_warmdown: Callable[[], None] | None = None  # called once, on all ranks, before the rate first falls
@@ -123,7 +125,9 @@ class Trainer:
                 self._train(validate)
             except LostProcess as error:
                 raise error.during(f"step {self.step}") from error
-        run.note(recompilations=compilations() - graphs)
+        found = performance(self.flops, self.used_seconds, self.step, self.ranks.world_size, self.device)
+        run.note(recompilations=compilations() - graphs, **found)
+        run.log(" ".join(f"{name}:{value:.6g}" for name, value in found.items()))
         self.model.fake_quantize = None
         if self.average:
             self.average.copy_to_parameters()
@@ -161,6 +165,9 @@ class Trainer:
                 run.log(f"phase: step:{self.step} {self.phase.line}")
             loss = self.take_step(scale)
             self.step += 1
+            self.flops += settings.train_batch_tokens * flops_per_token(
+                self.model.config, self.phase.looping, self.phase.seq_len
+            )
             if self.average:
                 self.average.update(self.step, used)
             marks.append(watch.mark())
@@ -242,6 +249,7 @@ class Trainer:
             "average": self.average.state_dict() if self.average else None,
             "loader": self.loader.state_dict(),
             "step": self.step,
+            "flops": self.flops,
             "used_seconds": self.used_seconds,
         }
         with replacing(self.run.folder / CHECKPOINT) as file:
@@ -257,7 +265,7 @@ class Trainer:
             if self.average:
                 self.average.load_state_dict(state["average"])
             self.loader.load_state_dict(state["loader"])
-            self.step, self.used_seconds = state["step"], state["used_seconds"]
+            self.step, self.flops, self.used_seconds = state["step"], state["flops"], state["used_seconds"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path}: not a checkpoint of these settings ({str(error).splitlines()[0]})") from None
         self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+import re
 import time
 
 import numpy as np
@@ -27,6 +28,7 @@ from pgolf.run import Aborted, Interrupted
 from pgolf.schedule import lr_scale, used_fraction
 from pgolf.settings import load_settings
 from pgolf.train import Trainer
+from pgolf.utilisation import flops_per_token
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -284,6 +286,12 @@ def test_what_a_run_goes_through_is_compiled_in_warm_up(trainer, monkeypatch):
     assert [line.split()[1] for line in t.run.lines if line.startswith("phase: ")] == ["step:3", "step:6", "step:9"]
     assert t.model.looping
     assert t.model.fake_quantize is None
+    steps = [flops_per_token(t.model.config, looping, length) for length, _, looping, _ in lengths]
+    assert t.flops == 128 * sum(steps) == pytest.approx(1e12 * t.run.noted["tflop_per_s"] * t.used_seconds)
+    assert t.run.noted["step_ms"] == 1000 * t.used_seconds / 12
+    assert t.run.noted["peak_memory_bytes"] > 1 << 26
+    assert "mfu" not in t.run.noted
+    assert any(re.match(r"step_ms:\S+ tflop_per_s:\S+ peak_memory_bytes:", line) for line in t.run.lines)
 
 
 def test_stages_are_resumed_where_they_were(trainer):
@@ -305,6 +313,7 @@ def test_stages_are_resumed_where_they_were(trainer):
     second.load()
     assert (second.step, second.average.updates) == (10, 1)
     second.train(no_score)
+    assert second.flops == whole.flops
     torch.testing.assert_close(weights(second), weights(whole), rtol=1e-6, atol=1e-7)
 
 
