@@ -38,7 +38,7 @@ SUMMARY_FIELDS = (  # noqa: SIM905
     "artifact_bytes projected_artifact_bytes code_bytes code_bytes_raw "
     "total_bytes budget_bytes fits_budget bytes_by_role seconds "
     "max_wallclock_seconds wallclock_used_seconds within_wallclock max_eval_seconds within_eval "
-    "compressors_bpb backends fallbacks attention compile recompilations dtype interrupted aborted versions"
+    "compressors_bpb backends fallbacks attention compile cuda_graphs recompilations dtype interrupted aborted versions"
 ).split()
 OPTIONAL_FIELDS = ("mfu",)  # of devices whose peak is known
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pgolf import cuda_graphs
 from pgolf.averaging import make_average
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
@@ -56,9 +57,11 @@ class Trainer:
         self.quantized = None if settings.qat == "none" else FakeQuantize(settings, self.device)
         self.training_loss = TrainingLoss(model, settings, byte_table)
         self.loss: Callable[..., torch.Tensor] = self.training_loss
+        self.cuda_graphs = cuda_graphs.choose_cuda_graphs(settings.cuda_graphs, self.device, self.compiled)
         if self.compiled:
             allow_compilations(GRAPHS)
-            self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False)
+            options: dict[str, Any] = {"triton.cudagraphs": True} if self.cuda_graphs else {}
+            self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False, options=options)
         self.step = 0
         self.flops = 0  # of all steps, on all ranks together
         self.used_seconds = 0.0  # of the wall-clock budget
@@ -93,9 +96,12 @@ class Trainer:
         """Untimed steps that compile and cache everything; afterwards weights, optimisers and data are as before."""
         weights = [p.detach().clone() for p in self.parameters]
         position = self.loader.state_dict()
+        steps, skipped = self.settings.warmup_steps, cuda_graphs.skipped()
+        if self.cuda_graphs and steps:
+            steps = max(steps, cuda_graphs.WARMUP_STEPS)
         for phase in reversed(phases(self.settings)):  # the first, with which training begins, is timed last
             self._set(phase)
-            for _ in range(self.settings.warmup_steps):
+            for _ in range(steps):
                 begin = time.perf_counter()
                 self.take_step(0.0)
                 self._synchronize()
@@ -107,6 +113,8 @@ class Trainer:
         self.loader.load_state_dict(position)
         (self.step_seconds,) = self.ranks.agree(self.step_seconds)
         self._enter(0.0)
+        if self.cuda_graphs and (skipped := cuda_graphs.skipped() - skipped):
+            self.run.log(f"cuda_graphs: {skipped} passes are not captured; TORCH_LOGS=perf_hints tells why")
 
     def train(self, validate: Callable[[], Score]) -> None:
         """Steps until the iterations or the time for training are used up; the moving average becomes the weights.
@@ -222,7 +230,11 @@ class Trainer:
         """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
         settings = self.settings
         total = torch.zeros((), device=self.device)
-        for batch in self._micro_batches():
+        for number, batch in enumerate(self._micro_batches()):
+            if self.cuda_graphs:
+                if number == 1:
+                    cuda_graphs.keep_gradients(self.parameters)
+                cuda_graphs.begin()
             loss = self.loss(*batch) * (batch.targets.numel() / settings.train_batch_tokens)
             loss.backward()
             total += loss.detach()
