@@ -3,6 +3,8 @@
 A GPU gets an eighth of the preset's batch, its share of eight.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from harness import Work
@@ -11,41 +13,13 @@ from shapes import name
 pytest.importorskip("pydantic", reason="settings need pydantic")
 pytest.importorskip("jinja2", reason="the record of a run needs jinja2")
 
-from pgolf.data.loader import TokenLoader
-from pgolf.data.shards import write_shard
-from pgolf.distributed import Ranks
+from training_step import CUDA, RANKS, make_model, make_trainer, settings_of, take_step
+
 from pgolf.evaluate import evaluate
-from pgolf.machine import compute_dtype
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Model
 from pgolf.ops import used
-from pgolf.settings import Settings, load_settings
-from pgolf.train import Trainer
+from pgolf.settings import Settings
 from pgolf.utilisation import flops_per_token
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-RANKS = Ranks(0, 1, DEVICE)
-
-
-def settings_of(preset: str) -> Settings:
-    environ = {"RUN_ID": "bench"}
-    if preset == "baseline":
-        environ["TRAIN_BATCH_TOKENS"] = environ["MICRO_BATCH_TOKENS"] = str(524_288 // 8)
-    return load_settings(environ, preset=preset, cuda=CUDA)
-
-
-def make_model(settings: Settings) -> Model:
-    dtype = compute_dtype(settings.dtype, DEVICE)
-    return Model(ModelConfig.of(settings), dtype).initialise(torch.Generator().manual_seed(1)).to(DEVICE)
-
-
-def make_trainer(settings: Settings, folder) -> Trainer:
-    shard = folder / "random_train_000000.bin"
-    write_shard(shard, torch.randint(settings.vocab_size, (4 * settings.train_batch_tokens,)).numpy())
-    loader = TokenLoader(
-        [shard], settings.train_seq_len, settings.train_batch_tokens, settings.seed, vocab_size=settings.vocab_size
-    )
-    return Trainer(make_model(settings), loader, settings, RANKS, run=None)
 
 
 def work(model: Model, settings: Settings, tokens: int, passes: int) -> Work:
@@ -61,13 +35,7 @@ def test_training_step(measure, preset, tmp_path):
         pytest.skip(f"a step of {preset} takes minutes without a GPU")
     settings = settings_of(preset)
     trainer = make_trainer(settings, tmp_path)
-
-    def step():
-        loss = trainer.take_step(0.1)
-        if trainer.average:
-            trainer.average.update(1, 0.0)
-        return loss
-
+    step = partial(take_step, trainer)
     step()
     backends = sorted({used()[op] for op in ("leaky_relu2_mlp", "softcapped_cross_entropy", "newton_schulz")})
     measure(
