@@ -14,11 +14,12 @@ import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from training_step import CUDA, make_trainer, settings_of, take_step
 
@@ -55,13 +56,27 @@ def classify(name: str, callers: Sequence[str] = ()) -> str:
 
 def timed(events: Iterable) -> Iterator[tuple[str, float, list[str]]]:
     """(name, microseconds, callers) of each kernel, or on a CPU of each operation's own part."""
+    events = list(events)
+    hosts = [event for event in events if event.device_type == DeviceType.CPU]
+    if not CUDA:
+        for event in hosts:
+            if "::" in event.name:
+                yield event.name, event.self_cpu_time_total, _callers(event)[:-1]
+        return
+    ranges = {event.name for event in events if event.is_user_annotation}  # which the device's side repeats
+    launched: Counter[tuple[str, float]] = Counter()
+    for event in hosts:
+        for kernel in event.kernels:
+            if kernel.name not in ranges:
+                launched[kernel.name, kernel.duration] += 1
+                yield kernel.name, kernel.duration, _callers(event)
     for event in events:
-        if event.device_type != torch.autograd.DeviceType.CPU or event.name == OPTIMISER:
+        if event.device_type == DeviceType.CPU or event.name in ranges:
             continue
-        if CUDA:
-            yield from ((kernel.name, kernel.duration, _callers(event)) for kernel in event.kernels)
-        elif "::" in event.name:
-            yield event.name, event.self_cpu_time_total, _callers(event)[:-1]
+        kernel = event.name, event.time_range.end - event.time_range.start
+        if not launched[kernel]:  # by nobody that was seen
+            yield *kernel, []
+        launched[kernel] -= 1
 
 
 def _callers(event) -> list[str]:

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import peers
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 pytest.importorskip("pydantic")
 import step_profile
@@ -60,6 +62,44 @@ def test_what_an_operation_of_ours_launches_is_of_its_class():
     assert classify(product, ["pgolf::linear_softcapped_cross_entropy"]) == "loss"
     assert classify(product, ["pgolf::flash_attention_4"]) == "attention"
     assert classify(product, ["autograd::engine::evaluate_function: MmBackward0", "aten::mm"]) == "products"
+
+
+def host(name, *kernels, parent=None, annotation=False):
+    kernels = [SimpleNamespace(name=each, duration=microseconds) for each, microseconds in kernels]
+    return SimpleNamespace(
+        name=name, kernels=kernels, cpu_parent=parent, is_user_annotation=annotation, device_type=DeviceType.CPU
+    )
+
+
+def on_device(name, microseconds, annotation=False):
+    span = SimpleNamespace(start=0, end=microseconds)
+    return SimpleNamespace(name=name, time_range=span, is_user_annotation=annotation, device_type=DeviceType.CUDA)
+
+
+def test_each_kernel_of_a_gpu_counts_once(monkeypatch):
+    """As torch.profiler gives them: kernels hang on what launched them, stand beside it too, and ranges look alike."""
+    monkeypatch.setattr(step_profile, "CUDA", True)
+    product = "nvjet_tst_128x256"
+    optimise = host(OPTIMISER, (OPTIMISER, 900), annotation=True)
+    events = [
+        host("aten::mm", (product, 100)),
+        optimise,
+        host("aten::bmm", (product, 40), parent=host("aten::matmul", parent=optimise)),
+        host("c10d::allgather", ("ncclDevKernel_AllGather", 30), parent=optimise),
+        on_device(product, 100),
+        on_device(product, 40),
+        on_device("ncclDevKernel_AllGather", 30),
+        on_device(OPTIMISER, 900, annotation=True),
+        on_device(product, 100),  # of a graph that was replayed
+        on_device("triton_poi_fused_add_0", 7),
+    ]
+    found = step_profile.breakdown(events, steps=2)
+    assert found == {
+        "products": {"ms": 0.1, "launches": 1},
+        "glue": {"ms": 0.0035, "launches": 0.5},
+        "communication": {"ms": 0.015, "launches": 0.5},
+        "optimiser": {"ms": 0.02, "launches": 0.5},
+    }
 
 
 def test_a_real_step_is_broken_down(monkeypatch, capsys, tmp_path):
