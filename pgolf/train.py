@@ -135,7 +135,7 @@ class Trainer:
                 raise error.during(f"step {self.step}") from error
         found = performance(self.flops, self.used_seconds, self.step, self.ranks.world_size, self.device)
         run.note(recompilations=compilations() - graphs, **found)
-        run.log(" ".join(f"{name}:{value:.6g}" for name, value in found.items()))
+        run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
         self.model.fake_quantize = None
         if self.average:
             self.average.copy_to_parameters()
