@@ -54,10 +54,11 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     model.fused = choose_fused_glue(settings.fused_glue, ranks.device)
     trainer = Trainer(model, loader, settings, ranks, run, data.tokenizer.byte_table())
     precision = str(dtype).removeprefix("torch.")
-    run.note(parameters=config.parameters(), attention=model.attention, compile=trainer.compiled, dtype=precision)
+    run.note(parameters=config.parameters(), attention=model.attention, dtype=precision)
+    run.note(compile=trainer.compiled, cuda_graphs=trainer.cuda_graphs)
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
     run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
-    run.log(f"fused_glue:{','.join(sorted(model.fused)) or 'none'}")
+    run.log(f"fused_glue:{','.join(sorted(model.fused)) or 'none'} cuda_graphs:{trainer.cuda_graphs}")
 
     def score(scored: Model, **changes: int) -> Score:
         how = {**settings.scoring, **changes, "batch_tokens": settings.val_batch_size, "ranks": ranks}
@@ -85,7 +86,6 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         steps=trainer.step,
         tokens_seen=trainer.step * settings.train_batch_tokens,
         train_seconds=trainer.used_seconds,
-        step_ms=1000 * trainer.used_seconds / max(trainer.step, 1),
         wallclock_used_seconds=used,
         within_wallclock=used <= settings.max_wallclock_seconds,
     )

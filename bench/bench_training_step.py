@@ -3,6 +3,8 @@
 A GPU gets an eighth of the preset's batch, its share of eight.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from harness import Work
@@ -11,46 +13,19 @@ from shapes import name
 pytest.importorskip("pydantic", reason="settings need pydantic")
 pytest.importorskip("jinja2", reason="the record of a run needs jinja2")
 
-from pgolf.data.loader import TokenLoader
-from pgolf.data.shards import write_shard
-from pgolf.distributed import Ranks
+from training_step import CUDA, RANKS, make_model, make_trainer, settings_of, take_step
+
 from pgolf.evaluate import evaluate
-from pgolf.machine import compute_dtype
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Model
 from pgolf.ops import used
-from pgolf.settings import Settings, load_settings
-from pgolf.train import Trainer
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-RANKS = Ranks(0, 1, DEVICE)
+from pgolf.settings import Settings
+from pgolf.utilisation import flops_per_token
 
 
-def settings_of(preset: str) -> Settings:
-    environ = {"RUN_ID": "bench"}
-    if preset == "baseline":
-        environ["TRAIN_BATCH_TOKENS"] = environ["MICRO_BATCH_TOKENS"] = str(524_288 // 8)
-    return load_settings(environ, preset=preset, cuda=CUDA)
-
-
-def make_model(settings: Settings) -> Model:
-    dtype = compute_dtype(settings.dtype, DEVICE)
-    return Model(ModelConfig.of(settings), dtype).initialise(torch.Generator().manual_seed(1)).to(DEVICE)
-
-
-def make_trainer(settings: Settings, folder) -> Trainer:
-    shard = folder / "random_train_000000.bin"
-    write_shard(shard, torch.randint(settings.vocab_size, (4 * settings.train_batch_tokens,)).numpy())
-    loader = TokenLoader(
-        [shard], settings.train_seq_len, settings.train_batch_tokens, settings.seed, vocab_size=settings.vocab_size
-    )
-    return Trainer(make_model(settings), loader, settings, RANKS, run=None)
-
-
-def work(model: Model, tokens: int, passes: int) -> Work:
-    """FLOPs of the matrix products, 2 a weight, token and pass (attention's own left out); bytes of the weights."""
-    met = model.config.weights_met(model.looping)
-    return Work(bytes=4 * model.config.parameters() * passes, flops=2 * met * tokens * passes, tokens=tokens)
+def work(model: Model, settings: Settings, tokens: int, passes: int) -> Work:
+    """FLOPs by the formula of a run's MFU, bytes of the weights."""
+    flops = flops_per_token(model.config, model.looping, settings.train_seq_len, passes)
+    return Work(bytes=4 * model.config.parameters() * passes, flops=flops * tokens, tokens=tokens)
 
 
 @pytest.mark.parametrize("preset", ["demo", "baseline", "pr1493", "pr1855", "record"])
@@ -60,13 +35,7 @@ def test_training_step(measure, preset, tmp_path):
         pytest.skip(f"a step of {preset} takes minutes without a GPU")
     settings = settings_of(preset)
     trainer = make_trainer(settings, tmp_path)
-
-    def step():
-        loss = trainer.take_step(0.1)
-        if trainer.average:
-            trainer.average.update(1, 0.0)
-        return loss
-
+    step = partial(take_step, trainer)
     step()
     backends = sorted({used()[op] for op in ("leaky_relu2_mlp", "softcapped_cross_entropy", "newton_schulz")})
     measure(
@@ -77,7 +46,7 @@ def test_training_step(measure, preset, tmp_path):
         backend=("compiled, " if trainer.compiled else "") + " ".join(backends),
         make=tuple,
         call=step,
-        work=work(trainer.model, settings.train_batch_tokens, passes=3),
+        work=work(trainer.model, settings, settings.train_batch_tokens, passes=3),
     )
 
 
@@ -99,5 +68,5 @@ def test_scoring(measure):
         backend=used().get("softcapped_cross_entropy", "reference"),
         make=lambda: (torch.randint(settings.vocab_size, (count + 1,)),),
         call=call,
-        work=work(model, count, passes=1),
+        work=work(model, settings, count, passes=1),
     )

@@ -9,6 +9,8 @@
 #
 #   PGOLF_WHEELS       folder of wheels, from which missing Python packages are installed (no network is used)
 #   PGOLF_ALL_TESTS=1  the whole test-suite instead of the GPU tests, and 10 minutes more
+#   PGOLF_RECORD_STEP=1  the step of `pr1855` beside #1855's script (PGOLF_PEERS) and beside fused glue and CUDA graphs,
+#                      its profiles by class, 60 s of training of `pr1493` and `pr1855`, and 30 minutes more
 #   PGOLF_BENCH_QUICK=1  few rounds and a short demo run: proves the script, on any machine, and measures nothing
 #   PYTHON             the interpreter, python3 by default
 set -u
@@ -30,6 +32,7 @@ parts=$work/parts.tsv
 failed=0
 deadline=$(($(date +%s) + 570))
 if [ -n "${PGOLF_ALL_TESTS:-}" ]; then deadline=$((deadline + 600)); fi
+if [ -n "${PGOLF_RECORD_STEP:-}" ]; then deadline=$((deadline + 1800)); fi
 
 # part NAME LOG SECONDS COMMAND...: run with a time limit, append to the log, remember how it ended.
 part() {
@@ -57,7 +60,7 @@ part() {
   fi
 }
 
-rm -f "$out"/{build,tests,bench,static,run}.log
+rm -f "$out"/{build,tests,bench,static,run,record_step}.log
 
 # What pyproject.toml asks for to build, run and test, and is not here or too old: one name a line.
 missing_packages() {
@@ -120,20 +123,42 @@ else
 fi
 
 # Stopped at the limit, pytest writes what was measured until then.
-part benchmarks bench.log 260 "$python" -m pytest bench/ -q --benchmark-json="$work/benchmarks.json"
+part benchmarks bench.log 260 "$python" -m pytest bench/ -q --benchmark-json="$work/benchmarks.json" \
+  --ignore=bench/bench_record_step.py
 
 seconds=60 preset=baseline
 if [ -n "$quick" ]; then seconds=10 preset=demo; fi
 part data run.log 60 "$python" -m pgolf.cli data demo
-part run run.log 180 env PRESET="$preset" MAX_WALLCLOCK_SECONDS="$seconds" ${quick:+GPTQ_RESERVE_SECONDS=3} \
-  DATA_PATH=data/datasets/demo_sp1024 TOKENIZER_PATH=data/tokenizers/demo_1024_bpe.model \
-  OUT_DIR="$work/runs" RUN_ID=gpu \
-  "$python" -m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py
+# train NAME PRESET SECONDS [SETTING=value...]: a part that trains on demo data.
+train() {
+  local name=$1 preset=$2 limit=$3
+  shift 3
+  part "$name" run.log "$limit" env PRESET="$preset" MAX_WALLCLOCK_SECONDS="$seconds" \
+    ${quick:+GPTQ_RESERVE_SECONDS=3} OUT_DIR="$work/runs" RUN_ID="$name" "$@" \
+    DATA_PATH=data/datasets/demo_sp1024 TOKENIZER_PATH=data/tokenizers/demo_1024_bpe.model \
+    "$python" -m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py
+}
+train run "$preset" 180
 part static_report static.log 60 "$python" bench/static_report.py --json "$work/static.json"
+
+if [ -n "${PGOLF_RECORD_STEP:-}" ]; then
+  part record_step record_step.log 900 "$python" -m pytest bench/bench_record_step.py -q \
+    --benchmark-json="$out/record_step.json"
+  for glue in off on; do
+    for phase in "" --first-phase; do
+      part "profile_glue_$glue$phase" record_step.log 240 "$python" bench/step_profile.py ${phase:+"$phase"} \
+        --json "$out/profile_glue_$glue$phase.json" FUSED_GLUE=$glue
+    done
+  done
+  for preset in pr1493 pr1855; do
+    train "$preset" "$preset" 420 VOCAB_SIZE=1024 TRAIN_BATCH_TOKENS=98304
+    cp "$work/runs/$preset/summary.json" "$out/run_$preset.json" || failed=1
+  done
+fi
 
 if [ -f "$work/benchmarks.json" ]; then cp "$work/benchmarks.json" "$out/benchmarks.json"; fi
 if ! "$python" bench/results.py collect "$work/benchmarks.json" --folder "$out" --parts "$parts" \
-  --run "$work/runs/gpu/summary.json" --static "$work/static.json"; then
+  --run "$work/runs/run/summary.json" --static "$work/static.json"; then
   failed=1
 fi
 echo

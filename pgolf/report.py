@@ -20,7 +20,7 @@ LARGEST = 1e18  # a number beyond this is no measurement
 # Fields of the summary that have a place of their own on the page; every other one is a line of "The run".
 PLACED = {
     "run_id", "interrupted", "bytes_by_role", "seconds", "compressors_bpb", "backends", "fallbacks", "versions",
-    "attention", "compile", "dtype", "val_bpb_quantized", "val_bpb_float", "total_bytes", "budget_bytes",
+    "attention", "compile", "cuda_graphs", "dtype", "val_bpb_quantized", "val_bpb_float", "total_bytes", "budget_bytes",
     "fits_budget", "artifact_bytes", "code_bytes", "max_wallclock_seconds", "wallclock_used_seconds",
     "within_wallclock",
 }  # fmt: skip
@@ -47,7 +47,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         settings={name: as_text(value) for name, value in settings.items()},
         backends={op: as_text(name) for op, name in table(summary.get("backends")).items()},
         fallbacks=[as_text(name) for name in _list(summary.get("fallbacks"))],
-        machinery={name: as_text(summary.get(name)) for name in ("attention", "compile", "dtype")},
+        machinery={name: as_text(summary.get(name)) for name in ("attention", "compile", "cuda_graphs", "dtype")},
         versions={name: as_text(version) for name, version in table(summary.get("versions")).items()},
     )
     path = folder / "report.html"

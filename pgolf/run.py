@@ -33,12 +33,14 @@ CHECKPOINT = "checkpoint.pt"
 # In the order of the documentation; unknown until measured, so that an interrupted run's summary has every field.
 SUMMARY_FIELDS = (  # noqa: SIM905
     "run_id preset seed device device_name world_size parameters steps tokens_seen train_seconds step_ms "
+    "tflop_per_s peak_memory_bytes "
     "val_loss_float val_bpb_float val_loss_quantized val_bpb_quantized val_bpb_ngram val_tokens val_bytes "
     "artifact_bytes projected_artifact_bytes code_bytes code_bytes_raw "
     "total_bytes budget_bytes fits_budget bytes_by_role seconds "
     "max_wallclock_seconds wallclock_used_seconds within_wallclock max_eval_seconds within_eval "
-    "compressors_bpb backends fallbacks attention compile recompilations dtype interrupted aborted versions"
+    "compressors_bpb backends fallbacks attention compile cuda_graphs recompilations dtype interrupted aborted versions"
 ).split()
+OPTIONAL_FIELDS = ("mfu",)  # of devices whose peak is known
 
 
 class Interrupted(BaseException):
@@ -164,7 +166,7 @@ class Run:
 
     def note(self, **values: Any) -> None:
         """Set fields of the summary."""
-        unknown = values.keys() - set(SUMMARY_FIELDS)
+        unknown = values.keys() - {*SUMMARY_FIELDS, *OPTIONAL_FIELDS}
         assert not unknown, unknown
         self.summary.update(values)
 

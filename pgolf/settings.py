@@ -164,6 +164,7 @@ class Settings(BaseModel):
     attention: Literal["auto", "flash3", "flash4", "varlen", "sdpa", "plain"] = "auto"
     fused_glue: Literal["auto", "on", "off"] = "auto"  # what runs between matrix products: pgolf/model/glue.py
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on where there is a GPU
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # replay forward and backward: pgolf/cuda_graphs.py
     process_timeout_seconds: float = Field(300.0, gt=0)  # for an answer of another process; longer than it compiles
 
     @model_validator(mode="after")

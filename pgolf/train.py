@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pgolf import cuda_graphs
 from pgolf.averaging import make_average
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
@@ -28,6 +29,7 @@ from pgolf.run import CHECKPOINT, Aborted, Interrupted, Run
 from pgolf.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
 from pgolf.settings import Settings
 from pgolf.train_log import TrainLog
+from pgolf.utilisation import flops_per_token, performance
 
 LAG = 2  # steps that a GPU may still have before it when the clock is read
 GRAPHS = 64  # of the forward pass, at most: the compiler's own limit is 8, and each phase has one or two
@@ -55,10 +57,13 @@ class Trainer:
         self.quantized = None if settings.qat == "none" else FakeQuantize(settings, self.device)
         self.training_loss = TrainingLoss(model, settings, byte_table)
         self.loss: Callable[..., torch.Tensor] = self.training_loss
+        self.cuda_graphs = cuda_graphs.choose_cuda_graphs(settings.cuda_graphs, self.device, self.compiled)
         if self.compiled:
             allow_compilations(GRAPHS)
-            self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False)
+            options: dict[str, Any] = {"triton.cudagraphs": True} if self.cuda_graphs else {}
+            self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False, options=options)
         self.step = 0
+        self.flops = 0  # of all steps, on all ranks together
         self.used_seconds = 0.0  # of the wall-clock budget
         self.step_seconds = 0.0  # of one step, cautiously
         self.at_warmdown: Callable[[], None] | None = None  # called once, on all ranks, before the rate first falls
@@ -91,9 +96,12 @@ class Trainer:
         """Untimed steps that compile and cache everything; afterwards weights, optimisers and data are as before."""
         weights = [p.detach().clone() for p in self.parameters]
         position = self.loader.state_dict()
+        steps, skipped = self.settings.warmup_steps, cuda_graphs.skipped()
+        if self.cuda_graphs and steps:
+            steps = max(steps, cuda_graphs.WARMUP_STEPS)
         for phase in reversed(phases(self.settings)):  # the first, with which training begins, is timed last
             self._set(phase)
-            for _ in range(self.settings.warmup_steps):
+            for _ in range(steps):
                 begin = time.perf_counter()
                 self.take_step(0.0)
                 self._synchronize()
@@ -105,6 +113,8 @@ class Trainer:
         self.loader.load_state_dict(position)
         (self.step_seconds,) = self.ranks.agree(self.step_seconds)
         self._enter(0.0)
+        if self.cuda_graphs and (skipped := cuda_graphs.skipped() - skipped):
+            self.run.log(f"cuda_graphs: {skipped} passes are not captured; TORCH_LOGS=perf_hints tells why")
 
     def train(self, validate: Callable[[], Score]) -> None:
         """Steps until the iterations or the time for training are used up; the moving average becomes the weights.
@@ -123,7 +133,9 @@ class Trainer:
                 self._train(validate)
             except LostProcess as error:
                 raise error.during(f"step {self.step}") from error
-        run.note(recompilations=compilations() - graphs)
+        found = performance(self.flops, self.used_seconds, self.step, self.ranks.world_size, self.device)
+        run.note(recompilations=compilations() - graphs, **found)
+        run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
         self.model.fake_quantize = None
         if self.average:
             self.average.copy_to_parameters()
@@ -161,6 +173,9 @@ class Trainer:
                 run.log(f"phase: step:{self.step} {self.phase.line}")
             loss = self.take_step(scale)
             self.step += 1
+            self.flops += settings.train_batch_tokens * flops_per_token(
+                self.model.config, self.phase.looping, self.phase.seq_len
+            )
             if self.average:
                 self.average.update(self.step, used)
             marks.append(watch.mark())
@@ -215,7 +230,11 @@ class Trainer:
         """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
         settings = self.settings
         total = torch.zeros((), device=self.device)
-        for batch in self._micro_batches():
+        for number, batch in enumerate(self._micro_batches()):
+            if self.cuda_graphs:
+                if number == 1:
+                    cuda_graphs.keep_gradients(self.parameters)
+                cuda_graphs.begin()
             loss = self.loss(*batch) * (batch.targets.numel() / settings.train_batch_tokens)
             loss.backward()
             total += loss.detach()
@@ -242,6 +261,7 @@ class Trainer:
             "average": self.average.state_dict() if self.average else None,
             "loader": self.loader.state_dict(),
             "step": self.step,
+            "flops": self.flops,
             "used_seconds": self.used_seconds,
         }
         with replacing(self.run.folder / CHECKPOINT) as file:
@@ -257,7 +277,7 @@ class Trainer:
             if self.average:
                 self.average.load_state_dict(state["average"])
             self.loader.load_state_dict(state["loader"])
-            self.step, self.used_seconds = state["step"], state["used_seconds"]
+            self.step, self.flops, self.used_seconds = state["step"], state["flops"], state["used_seconds"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path}: not a checkpoint of these settings ({str(error).splitlines()[0]})") from None
         self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")

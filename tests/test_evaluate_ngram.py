@@ -1,4 +1,4 @@
-"""Scoring with the n-gram cache: what the cache makes of the model's probabilities, alone and in two processes."""
+"""Scoring with the n-gram cache: what the cache makes of the model's probabilities, alone and in several processes."""
 
 import math
 from pathlib import Path
@@ -16,10 +16,14 @@ from pgolf.evaluate_ngram import evaluate_ngram, gathered
 from pgolf.model import Model, ModelConfig
 from pgolf.ngram_cache import NgramCache, tilt
 from pgolf.settings import load_settings
+from pgolf.windows import ScoringBatches
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNT = 707
 MODES = ("adaptive", "pyp", "tilt")
+BOS = 1
+WINDOWS = [(0, None), (5, None), (0, BOS), (5, BOS)]  # stride, and BOS where documents are scored alone
+WORLD_SIZES = (2, 3)
 
 
 def setting(mode: str):
@@ -31,23 +35,31 @@ def setting(mode: str):
 def model_and_data():
     model = Model(ModelConfig.of(setting("pyp"))).initialise(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    phrases = torch.randint(50, (6, 20), generator=generator)
+    phrases = torch.randint(2, 50, (6, 20), generator=generator)
+    phrases[:2, 0] = BOS
     tokens = phrases[torch.randint(6, (40,), generator=generator)].flatten()[:COUNT]
     token_bytes = torch.randint(1, 6, (COUNT,), generator=generator)
     return model, SimpleNamespace(val_tokens=tokens.int(), val_token_bytes=token_bytes)
 
 
-def scores(ranks: Ranks) -> dict:
+def scores(ranks: Ranks) -> list:
+    """By the model alone, its windows cut in every way, and with the cache."""
     model, data = model_and_data()
-    return {mode: evaluate_ngram(model, data.val_tokens, data.val_token_bytes, setting(mode), ranks) for mode in MODES}
+    split = data.val_tokens, data.val_token_bytes
+    alone = [evaluate(model, *split, 16, 48, ranks, stride=stride, bos_id=bos_id) for stride, bos_id in WINDOWS]
+    return alone + [score for mode in MODES for score in evaluate_ngram(model, *split, setting(mode), ranks)]
 
 
 def work(rank: int, folder: Path) -> None:
+    """Process `rank` of the largest world, which is in the smaller ones too."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    ranks = Ranks(rank, 2, torch.device("cpu"))
-    torch.save(scores(ranks), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    for world_size in WORLD_SIZES:
+        if rank < world_size:
+            store = f"file://{folder}/store-{world_size}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+            found = scores(Ranks(rank, world_size, torch.device("cpu")))
+            torch.save(found, folder / f"{world_size}-{rank}.pt")
+            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -79,15 +91,20 @@ def test_it_is_the_cache_on_the_models_probabilities(mode):
     assert math.isfinite(mixed.loss)
 
 
-def test_two_processes_give_the_score_of_one(tmp_path):
-    mp.spawn(work, (tmp_path,), nprocs=2)
+def test_two_and_three_processes_give_the_score_of_one(tmp_path):
+    _, data = model_and_data()
+    assert (COUNT - 1) % 16, "the last window is a part of one"
+    assert len(ScoringBatches(data.val_tokens, 16, 48)) % 6, "some rank has fewer batches"
+    assert 5 < int((data.val_tokens == BOS).sum()) < COUNT // 16
+    mp.spawn(work, (tmp_path,), nprocs=max(WORLD_SIZES))
     alone = scores(ALONE)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        for mode in MODES:
-            for one, two in zip(alone[mode], found[mode], strict=True):
-                assert (two.tokens, two.bytes) == (one.tokens, one.bytes)
-                assert two.nats == pytest.approx(one.nats, rel=1e-12)
+    for world_size in WORLD_SIZES:
+        for rank in range(world_size):
+            found = torch.load(tmp_path / f"{world_size}-{rank}.pt", weights_only=False)
+            for one, several in zip(alone, found, strict=True):
+                assert (several.tokens, several.bytes) == (one.tokens, one.bytes)
+                assert several.nats == pytest.approx(one.nats, rel=1e-12)
+                assert several.bpb == pytest.approx(one.bpb, abs=1e-9)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])

@@ -1,100 +1,35 @@
 """The training loop's parts: schedule, budget, warm-up, micro-batches, calibration."""
 
-import contextlib
 import functools
 import itertools
 import math
+import re
 import time
 
-import numpy as np
 import pytest
 import torch
+from small_trainer import make_trainer, no_score, weights
 
 from pgolf import train
 from pgolf.artifact import read_artifact, write_artifact
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
-from pgolf.data.documents import DocumentLoader
-from pgolf.data.loader import TokenLoader
-from pgolf.data.prefetch import Prefetcher
-from pgolf.data.shards import write_shard
 from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
 from pgolf.evaluate import Score
-from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
 from pgolf.run import Aborted, Interrupted
 from pgolf.schedule import lr_scale, used_fraction
-from pgolf.settings import load_settings
-from pgolf.train import Trainer
+from pgolf.utilisation import flops_per_token
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
-TINY = {
-    "PRESET": "demo",
-    "VOCAB_SIZE": "64",
-    "MODEL_DIM": "32",
-    "NUM_LAYERS": "2",
-    "TRAIN_SEQ_LEN": "16",
-    "TRAIN_BATCH_TOKENS": "128",
-    "MICRO_BATCH_TOKENS": "128",
-    "WARMUP_STEPS": "1",
-    "MAX_WALLCLOCK_SECONDS": "10000",
-    "DTYPE": "float32",
-    "TRAIN_LOG_EVERY": "0",
-}
-
-
-class SilentRun:
-    """What a Trainer needs of a run."""
-
-    signal = None
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.lines, self.scored = [], []
-
-    def log(self, line, console=True):
-        self.lines.append(line)
-
-    def metric(self, kind, **values):
-        pass
-
-    def log_score(self, step, score, train_seconds):
-        self.scored.append(step)
-
-    def note(self, **values):
-        self.noted = {**getattr(self, "noted", {}), **values}
-
-    def deferring_signals(self):
-        return contextlib.nullcontext()
 
 
 @pytest.fixture
 def trainer(tmp_path):
-    """trainer(ITERATIONS="3") -> a Trainer on tokens with period 7; those of LOADER=documents have period 10."""
-    shards = [tmp_path / "x_train_000000.bin"]
-    write_shard(shards[0], np.arange(2000) * 5 % 7)
-    documents = [tmp_path / "documents_train_000000.bin"]
-    write_shard(documents[0], np.arange(2000) % 10 + 1)
-
-    def make(device=CPU, **environ) -> Trainer:
-        settings = load_settings({**TINY, **environ})
-        loader = TokenLoader(shards, settings.train_seq_len, settings.train_batch_tokens, 1, vocab_size=64)
-        if settings.loader == "documents":
-            loader = DocumentLoader(documents, settings.bos_id, settings.train_batch_tokens, 1, vocab_size=64)
-        model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(1))
-        return Trainer(model.to(device), Prefetcher(loader, device), settings, Ranks(0, 1, device), SilentRun(tmp_path))
-
-    return make
-
-
-def no_score():
-    raise AssertionError("VAL_LOSS_EVERY is 0: nobody asked for a score")
-
-
-def weights(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    """trainer(ITERATIONS="3") -> a Trainer."""
+    return functools.partial(make_trainer, tmp_path)
 
 
 def test_learns_a_period(trainer):
@@ -284,6 +219,12 @@ def test_what_a_run_goes_through_is_compiled_in_warm_up(trainer, monkeypatch):
     assert [line.split()[1] for line in t.run.lines if line.startswith("phase: ")] == ["step:3", "step:6", "step:9"]
     assert t.model.looping
     assert t.model.fake_quantize is None
+    steps = [flops_per_token(t.model.config, looping, length) for length, _, looping, _ in lengths]
+    assert t.flops == 128 * sum(steps) == pytest.approx(1e12 * t.run.noted["tflop_per_s"] * t.used_seconds)
+    assert t.run.noted["step_ms"] == 1000 * t.used_seconds / 12
+    assert t.run.noted["peak_memory_bytes"] > 1 << 26
+    assert "mfu" not in t.run.noted
+    assert any(re.match(r"step_ms:\S+ tflop_per_s:\S+ peak_memory_bytes:\d+$", line) for line in t.run.lines)
 
 
 def test_stages_are_resumed_where_they_were(trainer):
@@ -305,6 +246,7 @@ def test_stages_are_resumed_where_they_were(trainer):
     second.load()
     assert (second.step, second.average.updates) == (10, 1)
     second.train(no_score)
+    assert second.flops == whole.flops
     torch.testing.assert_close(weights(second), weights(whole), rtol=1e-6, atol=1e-7)
 
 

@@ -158,7 +158,13 @@ class ModelConfig:
         """Weights of matrices that a token is multiplied with on its way, those of looped layers each time."""
         dim, kv_dim = self.model_dim, self.num_kv_heads * self.head_dim
         layer = 2 * dim * dim + 2 * kv_dim * dim + 2 * self.hidden_dim * dim
-        return self.vocab_size * dim + layer * len(self.visits(looping))
+        if self.attn_out_gate_enabled or self.sparse_attn_gate_enabled:
+            layer += self.num_heads * self.gate_window
+        once = self.vocab_size * dim
+        once += dim * self.bigram_dim if self.bigram_vocab_size else 0
+        once += kv_dim * self.ve_dim if self.value_embedding_layers else 0
+        once += self.gate_window if self.smear_gate_enabled else 0
+        return once + layer * len(self.visits(looping))
 
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())
