@@ -78,7 +78,7 @@ def _glue_schemes(kernels: dict[str, int]) -> list[Scheme]:
             for form, saved in (("add", 1), ("mix", 2), ("add + mix", 3), ("add + mix + skip", 4))
         ),
         scheme("qk_norm_rope", "qk_norm_rope", 1.5, r"qk_norm_rope \w+ .*, 16 rotate"),
-        scheme("xsa_gate", "xsa_gate", 1.5, r"xsa_gate \w+ bf16.*"),
+        scheme("xsa_gate", "xsa_gate", 1.5, r"xsa_gate \w+ bf16.* values"),
     ]
 
 
