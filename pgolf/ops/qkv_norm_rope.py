@@ -15,6 +15,7 @@ are kept for the backward pass.
 
 Cost for Q, K, V, E and U bytes of the parts: 2 (Q + K) forward and 3 (Q + K) + (readers + 1) V + 2 E + U backward.
 Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape, number or device that does not fit.
+Source: one product for q, k and v, with its cost where copies follow, PRs #670 and #1615 of the challenge.
 """
 
 import math
