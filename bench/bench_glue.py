@@ -43,6 +43,12 @@ def queries_and_keys(q, k, cos, sin, gain):
     return ops.qk_norm_rope(q, k, cos.flatten(0, -2), sin.flatten(0, -2), gain)
 
 
+def of_one_product(projected, cos, sin, gain):
+    tables = (table.flatten(0, -2) for table in (cos, sin))
+    q, k, values, logits = ops.qkv_norm_rope(projected, *tables, gain, KV_HEADS, HEAD_DIM, readers=2, extra=HEADS)
+    return q, k, *values, logits
+
+
 def exclusive(y, v, logits):
     return (ops.xsa_gate(y, v, logits),)
 
@@ -61,6 +67,14 @@ CASES = {  # operation, shapes, ours, the plain function, elements moved forward
         plain.qk_norm_rope,
         3 * X,
         7.5 * X,
+    ),
+    "of one product, 16 of 64 rotate": (
+        "qkv_norm_rope",
+        [(1, TOKENS, 1088), TABLE, TABLE, (HEADS,)],
+        of_one_product,
+        plain.qkv_norm_rope,
+        3 * X,
+        9 * X + 72 * TOKENS,
     ),
     "with gate": ("xsa_gate", [Q, K, Q[:-1]], exclusive, plain.xsa_gate, 2.5 * X, 6.5 * X),
 }

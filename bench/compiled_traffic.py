@@ -52,6 +52,13 @@ def qk_norm_rope(q, k, cos, sin, gain):
     return rotate(norm(q), (cos, sin)) * gain.unsqueeze(-1), rotate(norm(k), (cos, sin))
 
 
+def qkv_norm_rope(projected, cos, sin, gain):
+    """8 query and 4 key heads of 64, values for two readers, 8 logits."""
+    q, k, v, logits, _ = projected.split([512, 256, 256, 8, projected.size(-1) - 1032], -1)
+    q, k, v = (part.unflatten(-1, (-1, 64)) for part in (q, k, v))
+    return *qk_norm_rope(q, k, cos, sin, gain), v, v.view_as(v), logits
+
+
 def xsa_gate(y, v, logits):
     return (gate_heads(exclude_self(y, v), logits),)
 
@@ -80,6 +87,7 @@ def cases() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, 
             for name, (function, others) in residual.items()
         },
         "qk_norm_rope": (qk_norm_rope, (heads, keys, *tables, leaf(8))),
+        "qkv_norm_rope": (qkv_norm_rope, (leaf(1, TOKENS, 1088), *tables, leaf(8))),
         "xsa_gate": (xsa_gate, (heads, keys, leaf(1, TOKENS, 8))),
     }
 

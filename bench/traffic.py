@@ -61,6 +61,7 @@ COMPILED_X = {
     "add + mix": (15, 3),
     "add + mix + skip": (18, 4),
     "qk_norm_rope": (19.3, 2.6),
+    "qkv_norm_rope": (26.5, 2.6),
     "xsa_gate": (12.3, 1.5),
 }
 
@@ -78,7 +79,13 @@ def _glue_schemes(kernels: dict[str, int]) -> list[Scheme]:
             for form, saved in (("add", 1), ("mix", 2), ("add + mix", 3), ("add + mix + skip", 4))
         ),
         scheme("qk_norm_rope", "qk_norm_rope", 1.5, r"qk_norm_rope \w+ .*, 16 rotate"),
-        scheme("xsa_gate", "xsa_gate", 1.5, r"xsa_gate \w+ bf16.*"),
+        scheme(
+            "qkv_norm_rope",
+            "qkv_norm_rope",
+            1088 / 512,
+            r"qk_norm_rope forward .*, 16 rotate, of .*|qkv_norm_rope backward .*x1088, 16 .*",
+        ),
+        scheme("xsa_gate", "xsa_gate", 1.5, r"xsa_gate \w+ bf16.* values"),
     ]
 
 

@@ -6,7 +6,9 @@
 
 A tile is a few tokens of all heads, so that a row of it is the same head in every block of tokens: the gain's gradient
 is one float32 number a row of the tile, kept in registers until the end. a, b and rest are loaded apart, which needs no
-exchange between threads. A program goes over blocks of queries, then over blocks of keys, which have no gain.
+exchange between threads. A program goes over blocks of queries, then over blocks of keys, which have no gain. What is
+read and, backward, written may lie in a wider row, with other parts of it between two tokens (qkv_norm_rope.py); the
+strides are constants, so that the compiler knows what they are multiples of.
 
 Floor for Q and K bytes of queries and keys: 2 (Q + K) forward, 3 (Q + K) backward, and the tables.
 """
@@ -38,11 +40,12 @@ SAFE_LAUNCH = Launch(tile=2048, num_warps=4, programs_per_sm=4, backward_program
 
 @triton.jit
 def rows_of_block(block, tokens, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """Token and head of each row of a block (ROWS, 1), and which of them there are."""
+    """The block's first token, token after it and head of each row (ROWS, 1), and which of them there are."""
     i = tl.arange(0, ROWS)[:, None]
-    token = block * (ROWS // HEADS_PADDED) + i // HEADS_PADDED
+    first = block * (ROWS // HEADS_PADDED)
+    token = i // HEADS_PADDED
     head = i % HEADS_PADDED
-    return token, head, (token < tokens) & (head < HEADS)
+    return first, token, head, (first + token < tokens) & (head < HEADS)
 
 
 @triton.jit
@@ -68,40 +71,50 @@ def store_head(out_ptr, at, a, b, rest, there, HALF: tl.constexpr, REST: tl.cons
 @triton.jit
 def forward_heads(
     x_ptr, out_ptr, cos_ptr, sin_ptr, gain_ptr, tokens, table_rows, eps,
-    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GAIN: tl.constexpr,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GAIN: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = 2 * HALF + REST
     pair = tl.arange(0, HALF)[None, :]
     for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0)):
-        token, head, there = rows_of_block(block, tokens, HEADS, HEADS_PADDED, ROWS)
-        at = (token.to(tl.int64) * HEADS + head) * DIM
-        a, b, rest = load_head(x_ptr, at, there, HALF, REST, REST_PADDED)
+        first, token, head, there = rows_of_block(block, tokens, HEADS, HEADS_PADDED, ROWS)
+        x_block_ptr = x_ptr + first.to(tl.int64) * STRIDE
+        out_block_ptr = out_ptr + first.to(tl.int64) * (HEADS * DIM)
+        at = token * STRIDE + head * DIM
+        out_at = token * (HEADS * DIM) + head * DIM
+        a, b, rest = load_head(x_block_ptr, at, there, HALF, REST, REST_PADDED)
         squares = tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(rest * rest, 1)
         factor = (1.0 / tl.sqrt_rn(squares / DIM + eps))[:, None]
         if GAIN:
             factor *= load_wide(gain_ptr, head, there)
-        turn = (token % table_rows) * HALF + pair
+        turn = ((first + token) % table_rows) * HALF + pair
         cos = load_wide(cos_ptr, turn, there) * factor
         sin = load_wide(sin_ptr, turn, there) * factor
-        store_head(out_ptr, at, a * cos + b * sin, b * cos - a * sin, rest * factor, there, HALF, REST, REST_PADDED)
+        store_head(
+            out_block_ptr, out_at, a * cos + b * sin, b * cos - a * sin, rest * factor, there, HALF, REST, REST_PADDED
+        )
 
 
 @triton.jit
 def backward_heads(
     x_ptr, grad_ptr, dx_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
-    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GAIN: tl.constexpr,
+    STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GAIN: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = 2 * HALF + REST
     pair = tl.arange(0, HALF)[None, :]
     dgain = tl.zeros((ROWS, 1), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0)):
-        token, head, there = rows_of_block(block, tokens, HEADS, HEADS_PADDED, ROWS)
-        at = (token.to(tl.int64) * HEADS + head) * DIM
-        a, b, rest = load_head(x_ptr, at, there, HALF, REST, REST_PADDED)
-        ga, gb, t_rest = load_head(grad_ptr, at, there, HALF, REST, REST_PADDED)
-        turn = (token % table_rows) * HALF + pair
+        first, token, head, there = rows_of_block(block, tokens, HEADS, HEADS_PADDED, ROWS)
+        x_block_ptr = x_ptr + first.to(tl.int64) * STRIDE
+        dx_block_ptr = dx_ptr + first.to(tl.int64) * DX_STRIDE
+        grad_block_ptr = grad_ptr + first.to(tl.int64) * (HEADS * DIM)
+        at = token * STRIDE + head * DIM
+        dx_at = token * DX_STRIDE + head * DIM
+        grad_at = token * (HEADS * DIM) + head * DIM
+        a, b, rest = load_head(x_block_ptr, at, there, HALF, REST, REST_PADDED)
+        ga, gb, t_rest = load_head(grad_block_ptr, grad_at, there, HALF, REST, REST_PADDED)
+        turn = ((first + token) % table_rows) * HALF + pair
         cos = load_wide(cos_ptr, turn, there)
         sin = load_wide(sin_ptr, turn, there)
         ta = ga * cos - gb * sin
@@ -116,8 +129,8 @@ def backward_heads(
             dgain += along
         along = along * inverse / DIM
         store_head(
-            dx_ptr, at, (ta - a * along) * factor, (tb - b * along) * factor, (t_rest - rest * along) * factor, there,
-            HALF, REST, REST_PADDED,
+            dx_block_ptr, dx_at, (ta - a * along) * factor, (tb - b * along) * factor, (t_rest - rest * along) * factor,
+            there, HALF, REST, REST_PADDED,
         )  # fmt: skip
     if GAIN:
         tl.store(partial_ptr + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], dgain)
@@ -125,8 +138,8 @@ def backward_heads(
 
 @triton.jit
 def qk_norm_rope_kernel(
-    q_ptr,  # floating [tokens, HEADS, DIM]
-    k_ptr,  # floating [tokens, KV_HEADS, DIM]
+    q_ptr,  # floating [tokens, HEADS, DIM], Q_STRIDE from token to token
+    k_ptr,  # floating [tokens, KV_HEADS, DIM], K_STRIDE
     cos_ptr,  # floating [table_rows, HALF]; token t reads row t % table_rows
     sin_ptr,
     gain_ptr,  # floating [HEADS]
@@ -135,6 +148,8 @@ def qk_norm_rope_kernel(
     tokens,
     table_rows,
     eps,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,  # a power of 2
     KV_HEADS: tl.constexpr,
@@ -146,11 +161,11 @@ def qk_norm_rope_kernel(
 ):
     forward_heads(
         q_ptr, q_out_ptr, cos_ptr, sin_ptr, gain_ptr, tokens, table_rows, eps,
-        HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS,
+        Q_STRIDE, HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS,
     )  # fmt: skip
     forward_heads(
         k_ptr, k_out_ptr, cos_ptr, sin_ptr, gain_ptr, tokens, table_rows, eps,
-        KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS,
+        K_STRIDE, KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS,
     )  # fmt: skip
 
 
@@ -163,12 +178,14 @@ def qk_norm_rope_backward_kernel(
     gain_ptr,
     q_grad_ptr,
     k_grad_ptr,
-    dq_ptr,
+    dq_ptr,  # as the outputs of the forward kernel
     dk_ptr,
     partial_ptr,  # float32 [programs, ROWS]: a program's part of the gain's gradient, by row of the tile
     tokens,
     table_rows,
     eps,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -180,11 +197,11 @@ def qk_norm_rope_backward_kernel(
 ):
     backward_heads(
         q_ptr, q_grad_ptr, dq_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
-        HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS,
+        Q_STRIDE, HEADS * (2 * HALF + REST), HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS,
     )  # fmt: skip
     backward_heads(
         k_ptr, k_grad_ptr, dk_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
-        KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS,
+        K_STRIDE, KV_HEADS * (2 * HALF + REST), KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS,
     )  # fmt: skip
 
 
@@ -195,8 +212,8 @@ def accepts(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, half: 
 
 
 def launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """q (T, heads, head_dim), k (T, kv_heads, head_dim), tables (rows, half), gain (heads,), all contiguous."""
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    """q (T, heads, head_dim), k (T, kv_heads, head_dim), tables (rows, half), gain (heads,), contiguous but for T."""
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     with torch.cuda.device_of(q):
         qk_norm_rope_kernel[_grid(q, k, backward=False)](
             q, k, cos, sin, gain, q_out, k_out, q.shape[0], cos.shape[0], eps, **_sizes(q, k, cos)
@@ -208,15 +225,18 @@ def launch_backward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, q_grad: Tensor, k_grad: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, the gain's gradient in float32)."""
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     grid, sizes = _grid(q, k, backward=True), _sizes(q, k, cos)
     partial = q.new_empty((grid[0], sizes["ROWS"]), dtype=torch.float32)
     with torch.cuda.device_of(q):
         qk_norm_rope_backward_kernel[grid](
             q, k, cos, sin, gain, q_grad, k_grad, dq, dk, partial, q.shape[0], cos.shape[0], eps, **sizes
         )
-    heads = q.shape[1]
-    return dq, dk, partial.view(-1, sizes["HEADS_PADDED"]).sum(0)[:heads]
+    return dq, dk, gain_gradient(partial, sizes["HEADS_PADDED"], q.shape[1])
+
+
+def gain_gradient(partial: Tensor, heads_padded: int, heads: int) -> Tensor:
+    return partial.view(-1, heads_padded).sum(0)[:heads]
 
 
 def _config(x: Tensor) -> Launch:
@@ -225,16 +245,17 @@ def _config(x: Tensor) -> Launch:
 
 def _grid(q: Tensor, k: Tensor, backward: bool) -> tuple[int]:
     config, heads = _config(q), triton.next_power_of_2(q.shape[1])
-    blocks = triton.cdiv(q.shape[0] * heads, _constexprs(q.shape[1], k.shape[1], q.shape[2], 1, config)["ROWS"])
+    blocks = triton.cdiv(q.shape[0] * heads, head_sizes(q.shape[1], k.shape[1], q.shape[2], 1, config.tile)["ROWS"])
     return (programs(q.device, blocks, config.backward_programs_per_sm if backward else config.programs_per_sm),)
 
 
 def _sizes(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
     config = _config(q)
-    return _constexprs(q.shape[1], k.shape[1], q.shape[2], cos.shape[1], config) | {"num_warps": config.num_warps}
+    sizes = head_sizes(q.shape[1], k.shape[1], q.shape[2], cos.shape[1], config.tile)
+    return {"Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), **sizes, "num_warps": config.num_warps}
 
 
-def _constexprs(heads: int, kv_heads: int, head_dim: int, half: int, config: Launch) -> dict[str, int]:
+def head_sizes(heads: int, kv_heads: int, head_dim: int, half: int, tile: int) -> dict[str, int]:
     padded, kv_padded, rest = triton.next_power_of_2(heads), triton.next_power_of_2(kv_heads), head_dim - 2 * half
     return {
         "HEADS": heads,
@@ -244,22 +265,25 @@ def _constexprs(heads: int, kv_heads: int, head_dim: int, half: int, config: Lau
         "HALF": half,
         "REST": rest,
         "REST_PADDED": triton.next_power_of_2(max(rest, 1)),
-        "ROWS": max(config.tile // triton.next_power_of_2(head_dim), padded, kv_padded),
+        "ROWS": max(tile // triton.next_power_of_2(head_dim), padded, kv_padded),
     }
 
 
-def _variant(backward: bool, half: int, tokens: int = 98304, length: int = 98304) -> Variant:
+def _variant(
+    backward: bool, half: int, columns: int | None = None, tokens: int = 98304, length: int = 98304
+) -> Variant:
     heads, kv_heads, head_dim = 8, 4, 64
     config = LAUNCHES[90]
     kernel = qk_norm_rope_backward_kernel if backward else qk_norm_rope_kernel
-    constexprs = _constexprs(heads, kv_heads, head_dim, half, config)
+    strides = {"Q_STRIDE": columns or heads * head_dim, "K_STRIDE": columns or kv_heads * head_dim}
+    constexprs = {**strides, **head_sizes(heads, kv_heads, head_dim, half, config.tile)}
     per_sm = config.backward_programs_per_sm if backward else config.programs_per_sm
     grid = min(triton.cdiv(tokens * heads, constexprs["ROWS"]), 132 * per_sm)
     values = tokens * (heads + kv_heads) * head_dim
     sums = 2 * 4 * grid * constexprs["ROWS"] if backward else 0  # written, and read by the sum
     return Variant(
         name=f"qk_norm_rope {'backward' if backward else 'forward'} bf16 {tokens}x({heads}+{kv_heads})x{head_dim}, "
-        f"{2 * half} rotate",
+        f"{2 * half} rotate{f', of {columns} columns' if columns else ''}",
         kernel=kernel,
         signature=signature(kernel, constexprs, partial_ptr="*fp32", eps="fp32"),
         constexprs=constexprs,
@@ -273,3 +297,4 @@ def _variant(backward: bool, half: int, tokens: int = 98304, length: int = 98304
 
 
 VARIANTS = [_variant(backward, half) for half in (8, 32) for backward in (False, True)]
+VARIANTS += [_variant(False, half, columns=1088) for half in (8, 32)]

@@ -5,7 +5,7 @@
     dv = (du - u (u·du)) / |v|
 
 A row is a token and value head; its query heads are taken one after the other while the row of v stays in registers, so
-v is read once and the sum over its query heads is a plain addition.
+v is read once and the sum over its query heads is a plain addition. v and logits may be columns of a wider tensor.
 
 Floor for Y and V bytes of attention's output and of the values: 2 Y + V forward, 3 Y + 2 V backward, and the logits.
 """
@@ -35,12 +35,15 @@ SAFE_LAUNCH = Launch(tile=2048, num_warps=4)
 
 
 @triton.jit
-def load_direction(v_ptr, rows, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr):
+def load_direction(
+    v_ptr, rows, V_STRIDE: tl.constexpr, KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Rows of this program (ROWS, 1), its columns and what is inside, u and |v|."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, DIM_PADDED)[None, :]
     inside = (row < rows) & (column < DIM)
-    v = load_wide(v_ptr, row * DIM + column, inside)
+    v = load_wide(v_ptr, row // KV_HEADS * V_STRIDE + row % KV_HEADS * DIM + column, inside)
     length = tl.sqrt_rn(tl.sum(v * v, 1))[:, None]
     return row, column, inside, v / tl.maximum(length, 1e-12), length
 
@@ -48,25 +51,29 @@ def load_direction(v_ptr, rows, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROW
 @triton.jit
 def xsa_gate_kernel(
     y_ptr,  # floating [rows, GROUP, DIM]: tokens and value heads, query heads of each
-    v_ptr,  # floating [rows, DIM]
-    logits_ptr,  # floating [rows, GROUP], read with GATE
+    v_ptr,  # floating [rows, DIM], V_STRIDE from token to token
+    logits_ptr,  # floating [rows, GROUP], LOGITS_STRIDE from token to token; read with GATE
     out_ptr,  # as y
     rows,
     gain,
     logit_scale,
     GATE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    LOGITS_STRIDE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row, column, inside, u, _ = load_direction(v_ptr, rows, DIM, DIM_PADDED, ROWS)
+    row, column, inside, u, _ = load_direction(v_ptr, rows, V_STRIDE, KV_HEADS, DIM, DIM_PADDED, ROWS)
     for head in tl.static_range(GROUP):
         at = (row * GROUP + head) * DIM + column
         y = load_wide(y_ptr, at, inside)
         out = y - tl.sum(y * u, 1)[:, None] * u
         if GATE:
-            out *= gain * tl.sigmoid(logit_scale * load_wide(logits_ptr, row * GROUP + head, row < rows))
+            logit_at = row // KV_HEADS * LOGITS_STRIDE + row % KV_HEADS * GROUP + head
+            out *= gain * tl.sigmoid(logit_scale * load_wide(logits_ptr, logit_at, row < rows))
         store_narrow(out_ptr, at, out, inside)
 
 
@@ -78,17 +85,20 @@ def xsa_gate_backward_kernel(
     grad_ptr,  # as y
     dy_ptr,
     dv_ptr,
-    dlogits_ptr,  # as logits, written with GATE
+    dlogits_ptr,  # floating [rows, GROUP], written with GATE
     rows,
     gain,
     logit_scale,
     GATE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    LOGITS_STRIDE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row, column, inside, u, length = load_direction(v_ptr, rows, DIM, DIM_PADDED, ROWS)
+    row, column, inside, u, length = load_direction(v_ptr, rows, V_STRIDE, KV_HEADS, DIM, DIM_PADDED, ROWS)
     du = tl.zeros((ROWS, DIM_PADDED), tl.float32)
     for head in tl.static_range(GROUP):
         at = (row * GROUP + head) * DIM + column
@@ -96,7 +106,8 @@ def xsa_gate_backward_kernel(
         e = load_wide(grad_ptr, at, inside)
         along = tl.sum(y * u, 1)[:, None]
         if GATE:
-            sigmoid = tl.sigmoid(logit_scale * load_wide(logits_ptr, row * GROUP + head, row < rows))
+            logit_at = row // KV_HEADS * LOGITS_STRIDE + row % KV_HEADS * GROUP + head
+            sigmoid = tl.sigmoid(logit_scale * load_wide(logits_ptr, logit_at, row < rows))
             dgate = tl.sum(e * (y - along * u), 1)[:, None]
             dlogit = dgate * gain * logit_scale * sigmoid * (1.0 - sigmoid)
             store_narrow(dlogits_ptr, row * GROUP + head, dlogit, row < rows)
@@ -115,12 +126,12 @@ def accepts(dtype: torch.dtype, head_dim: int, group: int) -> bool:
 
 
 def launch(y: Tensor, v: Tensor, logits: Tensor | None, gain: float, logit_scale: float) -> Tensor:
-    """y (T, heads, head_dim), v (T, kv_heads, head_dim), logits (T, heads), all contiguous."""
+    """y (T, heads, head_dim), v (T, kv_heads, head_dim), logits (T, heads); of v and logits each token contiguous."""
     out = torch.empty_like(y)
     with torch.cuda.device_of(y):
         xsa_gate_kernel[_grid(v)](
             y, v, y if logits is None else logits, out, v.shape[0] * v.shape[1], gain, logit_scale,
-            GATE=logits is not None, **_sizes(y, v),
+            GATE=logits is not None, **_sizes(y, v, logits),
         )  # fmt: skip
     return out
 
@@ -129,13 +140,13 @@ def launch_backward(
     y: Tensor, v: Tensor, logits: Tensor | None, grad: Tensor, gain: float, logit_scale: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dy, dv, dlogits)."""
-    dy, dv = torch.empty_like(y), torch.empty_like(v)
-    dlogits = None if logits is None else torch.empty_like(logits)
+    dy, dv = torch.empty_like(y), v.new_empty(v.shape)
+    dlogits = None if logits is None else logits.new_empty(logits.shape)
     with torch.cuda.device_of(y):
         xsa_gate_backward_kernel[_grid(v)](
             y, v, y if logits is None else logits, grad, dy, dv, dy if dlogits is None else dlogits,
             v.shape[0] * v.shape[1], gain, logit_scale,
-            GATE=logits is not None, **_sizes(y, v),
+            GATE=logits is not None, **_sizes(y, v, logits),
         )  # fmt: skip
     return dy, dv, dlogits
 
@@ -145,29 +156,37 @@ def _config(x: Tensor) -> Launch:
 
 
 def _grid(v: Tensor) -> tuple[int]:
-    return (triton.cdiv(v.shape[0] * v.shape[1], _constexprs(1, v.shape[2], _config(v))["ROWS"]),)
+    return (triton.cdiv(v.shape[0] * v.shape[1], _constexprs(1, 1, v.shape[2], _config(v))["ROWS"]),)
 
 
-def _sizes(y: Tensor, v: Tensor) -> dict[str, int]:
+def _sizes(y: Tensor, v: Tensor, logits: Tensor | None) -> dict[str, int]:
     config = _config(y)
-    return _constexprs(y.shape[1] // v.shape[1], y.shape[2], config) | {"num_warps": config.num_warps}
+    strides = {"V_STRIDE": v.stride(0), "LOGITS_STRIDE": 0 if logits is None else logits.stride(0)}
+    return {**strides, **_constexprs(y.shape[1], v.shape[1], y.shape[2], config), "num_warps": config.num_warps}
 
 
-def _constexprs(group: int, head_dim: int, config: Launch) -> dict[str, int]:
+def _constexprs(heads: int, kv_heads: int, head_dim: int, config: Launch) -> dict[str, int]:
     padded = triton.next_power_of_2(head_dim)
-    return {"GROUP": group, "DIM": head_dim, "DIM_PADDED": padded, "ROWS": max(config.tile // padded, 1)}
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "DIM": head_dim,
+        "DIM_PADDED": padded,
+        "ROWS": max(config.tile // padded, 1),
+    }
 
 
-def _variant(gate: bool, backward: bool, tokens: int = 98304) -> Variant:
+def _variant(gate: bool, backward: bool, columns: int | None = None, tokens: int = 98304) -> Variant:
     heads, kv_heads, head_dim = 8, 4, 64
     config = LAUNCHES[90]
     kernel = xsa_gate_backward_kernel if backward else xsa_gate_kernel
-    constexprs = {"GATE": gate, **_constexprs(heads // kv_heads, head_dim, config)}
+    strides = {"V_STRIDE": columns or kv_heads * head_dim, "LOGITS_STRIDE": columns or heads}
+    constexprs = {"GATE": gate, **strides, **_constexprs(heads, kv_heads, head_dim, config)}
     y, v, logits = tokens * heads * head_dim, tokens * kv_heads * head_dim, tokens * heads if gate else 0
     moved = 3 * y + 2 * v + 2 * logits if backward else 2 * y + v + logits
     return Variant(
         name=f"xsa_gate {'backward' if backward else 'forward'}{'' if gate else ' without gate'} bf16 "
-        f"{tokens}x{heads}x{head_dim}, {kv_heads} values",
+        f"{tokens}x{heads}x{head_dim}, {kv_heads} values{f', of {columns} columns' if columns else ''}",
         kernel=kernel,
         signature=signature(kernel, constexprs, gain="fp32", logit_scale="fp32"),
         constexprs=constexprs,
@@ -181,3 +200,4 @@ def _variant(gate: bool, backward: bool, tokens: int = 98304) -> Variant:
 
 
 VARIANTS = [_variant(gate, backward) for gate in (True, False) for backward in (False, True)]
+VARIANTS += [_variant(True, backward, columns=1088) for backward in (False, True)]

@@ -16,6 +16,15 @@ def gate_logits(source: Tensor, weight: Tensor) -> Tensor:
     return F.linear(source[..., : weight.size(-1)], weight)
 
 
+def gate_rows(weight: Tensor, query: Tensor | None, dim: int) -> Tensor:
+    """W as factor of the layer's whole input, (..., heads, dim): its logits are then rows of a larger product.
+
+    weight (..., heads, window); query (..., dim, dim) where W reads the query: W (Q x)[:w] = (W Q[:w]) x.
+    """
+    window = weight.size(-1)
+    return F.pad(weight, (0, dim - window)) if query is None else weight @ query[..., :window, :]
+
+
 def gate_heads(y: Tensor, logits: Tensor, gain: float = 1.0, scale: float = 1.0) -> Tensor:
     """y · gain · σ(scale · logits): y (rows, length, heads, head_dim), logits (rows, length, heads)."""
     return y * (gain * torch.sigmoid(scale * logits)).unsqueeze(-1)

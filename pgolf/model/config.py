@@ -97,6 +97,16 @@ class ModelConfig:
             return 0
         return len(layer_sequence(self.num_layers, self.num_loops, self.loop_start, self.loop_end)) // 2
 
+    @property
+    def gates(self) -> int:
+        """How many gates attention's output has in a layer: one a head, or none."""
+        return self.num_heads if self.attn_out_gate_enabled or self.sparse_attn_gate_enabled else 0
+
+    @property
+    def gates_by_query(self) -> bool:
+        """Whether that gate reads the query, not the layer's input."""
+        return self.attn_out_gate_enabled and self.attn_out_gate_src == "q"
+
     def visits(self, looping: bool) -> tuple[Visit, ...]:
         """The layers in the order in which they run."""
         loops = self.num_loops if looping else 0
@@ -133,7 +143,7 @@ class ModelConfig:
             shapes["skip_weights"] = (self.num_skips, dim)
             if self.skip_gates_enabled:
                 shapes["skip_gates"] = (self.num_skips, dim)
-        if self.attn_out_gate_enabled or self.sparse_attn_gate_enabled:
+        if self.gates:
             shapes["attn_gate"] = (layers, self.num_heads, self.gate_window)
         if self.parallel_start_layer:  # all layers have them, as in the entries, though few use them
             shapes["parallel_resid_lambdas"] = (layers, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pgolf import ops
 from pgolf.attention import attention
-from pgolf.model.attention_gate import gate_heads, gate_logits
+from pgolf.model.attention_gate import gate_heads, gate_logits, gate_rows
 from pgolf.model.bigram_hash import bigram_buckets, bigram_embedding
 from pgolf.model.config import ModelConfig
 from pgolf.model.documents import Documents, packed_documents, rows_as_documents
@@ -43,6 +43,7 @@ class Layer(NamedTuple):
     gate: Tensor  # (heads, gate_window), attention's
     keep: Tensor  # (2,) and
     post: Tensor  # (2, 2), the two lanes'
+    joined: Tensor  # (columns, dim): q, k, v and gate below one another, for one product
 
 
 class Batch(NamedTuple):
@@ -213,23 +214,39 @@ class Model(nn.Module):
             observe("qo_bank", layer.number, h)
             observe("kv_bank", layer.number, h)
             observe("kv_bank", config.num_layers + layer.number, h)
-        query = F.linear(h, layer.q)
-        q = query.unflatten(-1, (config.num_heads, -1))
-        k = F.linear(h, layer.k).unflatten(-1, (config.num_kv_heads, -1))
-        v = F.linear(h, layer.v)
-        if layer.number in batch.values:
-            v = v + batch.values[layer.number]
-        v = v.unflatten(-1, (config.num_kv_heads, -1))
         gain = layer.gain.unsqueeze(-1)
         if (sharpen := score_scale(config.rope_scaling, self._stretch(documents))) != 1.0:
             gain = gain * sharpen
-        q, k = self._norm_and_rotate(q, k, batch.rotary, gain)
+        if layer.joined is not None:
+            q, k, v, own, logits = self._take_apart(layer, F.linear(h, layer.joined), batch, gain)
+        else:
+            query = F.linear(h, layer.q)
+            k = F.linear(h, layer.k).unflatten(-1, (config.num_kv_heads, -1))
+            v = F.linear(h, layer.v)
+            if layer.number in batch.values:
+                v = v + batch.values[layer.number]
+            v = own = v.unflatten(-1, (config.num_kv_heads, -1))
+            q, k = self._norm_and_rotate(query.unflatten(-1, (config.num_heads, -1)), k, batch.rotary, gain)
+            logits = gate_logits(query if config.gates_by_query else h, layer.gate) if config.gates else None
         y = attention(q, k, v, documents.cu_seqlens, documents.longest, self.attention)
-        of_query = config.attn_out_gate_enabled and config.attn_out_gate_src == "q"
-        y = self._exclude_and_gate(layer, y, v, query if of_query else h).flatten(-2)
+        y = self._exclude_and_gate(layer, y, own, logits).flatten(-2)
         if observe:
             observe("qo_bank", config.num_layers + layer.number, y)
         return F.linear(y, layer.out)
+
+    def _take_apart(
+        self, layer: Layer, projected: Tensor, batch: Batch, gain: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """q and k for attention, v for attention and for XSA, and the gate's logits, of one product."""
+        config, added = self.config, batch.values.get(layer.number)
+        cos, sin = (table.flatten(0, -2) for table in batch.rotary)
+        readers = 2 if added is None and config.excludes_self(layer.number) else 1
+        q, k, (v, *again), logits = ops.qkv_norm_rope(
+            projected, cos, sin, gain.squeeze(-1), config.num_kv_heads, config.head_dim, readers, config.gates
+        )
+        if added is not None:
+            v = v + added.view_as(v)
+        return q, k, v, again[0] if again else v, logits if config.gates else None
 
     def _norm_and_rotate(
         self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor], gain: Tensor
@@ -239,11 +256,9 @@ class Model(nn.Module):
             return ops.qk_norm_rope(q, k, cos, sin, gain.squeeze(-1))
         return rotate(norm(q), rotary) * gain, rotate(norm(k), rotary)
 
-    def _exclude_and_gate(self, layer: Layer, y: Tensor, v: Tensor, source: Tensor) -> Tensor:
-        config, logits = self.config, None
+    def _exclude_and_gate(self, layer: Layer, y: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
+        config = self.config
         gain, scale = (2.0, 1.0) if config.attn_out_gate_enabled else (1.0, config.sparse_attn_gate_scale)
-        if config.attn_out_gate_enabled or config.sparse_attn_gate_enabled:
-            logits = gate_logits(source, layer.gate)
         if config.excludes_self(layer.number):
             if "xsa_gate" in self.fused:
                 return ops.xsa_gate(y, v, logits, gain, scale)
@@ -268,10 +283,26 @@ class Model(nn.Module):
         k, v = self._bank("kv_bank").split(layers)
         out = out * self.attn_scale.unsqueeze(-1)
         down = self._bank("down_bank") * self.mlp_scale.unsqueeze(-1)
-        banks = [bank.to(self.dtype).unbind(0) for bank in (q, k, v, out, self._bank("up_bank"), down)]
+        banks = [bank.to(self.dtype) for bank in (q, k, v, out, self._bank("up_bank"), down)]
         names = ("q_gain", "resid_mix", "attn_gate", "parallel_resid_lambdas", "parallel_post_lambdas")
-        small = [self._rows(name, layers) for name in names]
-        return [Layer(i, *(rows[i] for rows in (*banks, *small))) for i in range(layers)]
+        parts: list[Sequence[Any]] = [bank.unbind(0) for bank in banks]
+        parts += [self._rows(name, layers) for name in names]
+        parts.append(self._join(*banks[:3]).unbind(0) if "qkv_norm_rope" in self.fused else (None,) * layers)
+        return [Layer(i, *(rows[i] for rows in parts)) for i in range(layers)]
+
+    def _join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k and v of all layers and the gate, if any, as one bank (layers, columns, dim).
+
+        Rows of zeros make the columns a multiple of 64. 8 would do for the product, but torch.compile lays out the rows
+        of longer results at multiples of 128 bytes and then copies each part for the operation that reads it.
+        """
+        banks = [q, k, v]
+        if self.config.gates:
+            banks.append(gate_rows(self._cast("attn_gate"), q if self.config.gates_by_query else None, q.size(-1)))
+        columns = sum(bank.size(1) for bank in banks)
+        if columns % 64:
+            banks.append(q.new_zeros(q.size(0), -columns % 64, q.size(2)))
+        return torch.cat(banks, dim=1)
 
     def _bank(self, name: str) -> Tensor:
         bank = getattr(self, name)

@@ -12,6 +12,7 @@ from pgolf.ops.linear_softcapped_cross_entropy import linear_softcapped_cross_en
 from pgolf.ops.newton_schulz import newton_schulz
 from pgolf.ops.pack_bits import pack_bits, unpack_bits
 from pgolf.ops.qk_norm_rope import qk_norm_rope
+from pgolf.ops.qkv_norm_rope import qkv_norm_rope
 from pgolf.ops.residual_rms_norm import residual_rms_norm, residual_sum_rms_norm
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from pgolf.ops.trellis_dequantize import trellis_dequantize
@@ -35,6 +36,7 @@ __all__ = [
     "newton_schulz",
     "pack_bits",
     "qk_norm_rope",
+    "qkv_norm_rope",
     "residual_rms_norm",
     "residual_sum_rms_norm",
     "softcapped_cross_entropy",

@@ -37,11 +37,11 @@ def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -
         sin: (rows, R) sines.
         gain: (heads,) factors of the queries.
     """
-    _check(q, k, cos, sin, gain)
+    check(q, k, cos, sin, gain)
     backend = "reference" if q.dtype == torch.float64 else backends.choose("qk_norm_rope", q.device.type)
     tokens = math.prod(q.shape[:-2])
     flat = [x.reshape(tokens, *x.shape[-2:]) for x in (q, k)]
-    q_out, k_out = _forward(*flat, cos, sin, gain, backend)
+    q_out, k_out = forward(*flat, cos, sin, gain, backend)
     return q_out.view(q.shape), k_out.view(k.shape)
 
 
@@ -58,7 +58,7 @@ def qk_norm_rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain:
 
 
 @torch.library.custom_op("pgolf::qk_norm_rope", mutates_args=())
-def _forward(
+def forward(
     q: Tensor,  # (T, heads, D)
     k: Tensor,  # (T, kv_heads, D)
     cos: Tensor,  # (rows, R)
@@ -66,11 +66,13 @@ def _forward(
     gain: Tensor,  # (heads,)
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, cos, sin, gain)  # again: this operation can be called without the public function
-    if _uses_kernel(q, k, cos, backend):
-        from pgolf.triton_kernels.qk_norm_rope import launch  # here, because triton is not on every machine
+    check(q, k, cos, sin, gain)  # again: this operation can be called without the public function
+    if uses_kernel(q, k, cos, backend):
+        from pgolf.triton_kernels.memory import by_token  # here, because triton is not on every machine
+        from pgolf.triton_kernels.qk_norm_rope import launch
 
-        return launch(*(value.contiguous() for value in (q, k, cos, sin, gain)), epsilon(q.dtype))
+        constants = (value.contiguous() for value in (cos, sin, gain))
+        return launch(by_token(q), by_token(k), *constants, epsilon(q.dtype))
     outs = []
     for x, factor in ((q, gain.unsqueeze(-1)), (k, 1.0)):
         wide, inverse = _normalise(x)
@@ -79,7 +81,7 @@ def _forward(
     return outs[0], outs[1]
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(q, k, cos, sin, gain, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -88,14 +90,15 @@ def _(q, k, cos, sin, gain, backend):
 def _gradients(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, q_grad: Tensor, k_grad: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dgain
-    if _uses_kernel(q, k, cos, backend):
+    if uses_kernel(q, k, cos, backend):
+        from pgolf.triton_kernels.memory import by_token
         from pgolf.triton_kernels.qk_norm_rope import launch_backward
 
-        inputs = (value.contiguous() for value in (q, k, cos, sin, gain, q_grad, k_grad))
-        dq, dk, dgain = launch_backward(*inputs, epsilon(q.dtype))
+        others = (value.contiguous() for value in (cos, sin, gain, q_grad, k_grad))
+        dq, dk, dgain = launch_backward(by_token(q), by_token(k), *others, epsilon(q.dtype))
         return dq, dk, dgain.to(gain.dtype)
-    dq, products = _gradient_in_pytorch(q, cos, sin, q_grad, gain.unsqueeze(-1))
-    dk, _ = _gradient_in_pytorch(k, cos, sin, k_grad, 1.0)
+    dq, products = gradient_in_pytorch(q, cos, sin, q_grad, gain.unsqueeze(-1))
+    dk, _ = gradient_in_pytorch(k, cos, sin, k_grad, 1.0)
     return dq, dk, products.sum(0).to(gain.dtype)
 
 
@@ -104,7 +107,7 @@ def _(q, k, cos, sin, gain, q_grad, k_grad, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), gain.new_empty(gain.shape)
 
 
-def _gradient_in_pytorch(x, cos, sin, grad, factor) -> tuple[Tensor, Tensor]:
+def gradient_in_pytorch(x, cos, sin, grad, factor) -> tuple[Tensor, Tensor]:
     """The gradient of x (T, heads, D), and Σ grad · normalised and rotated x (T, heads)."""
     wide, inverse = _normalise(x)
     a, b, rest, c, s = _parts(grad.to(wide.dtype), cos, sin)
@@ -137,10 +140,10 @@ def _backward(ctx, q_grad: Tensor, k_grad: Tensor):
     return dq, dk, None, None, dgain, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _uses_kernel(q: Tensor, k: Tensor, cos: Tensor, backend: str) -> bool:
+def uses_kernel(q: Tensor, k: Tensor, cos: Tensor, backend: str) -> bool:
     if backend != "triton" or 0 in (q.numel(), k.numel(), cos.numel()):
         return False
     from pgolf.triton_kernels.qk_norm_rope import accepts
@@ -148,7 +151,7 @@ def _uses_kernel(q: Tensor, k: Tensor, cos: Tensor, backend: str) -> bool:
     return accepts(q.dtype, q.shape[1], k.shape[1], q.shape[2], cos.shape[1])
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> None:
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> None:
     checks.tensor("q", q, checks.FLOATS)
     checks.tensor("k", k, (q.dtype,))
     for name, value in (("cos", cos), ("sin", sin), ("gain", gain)):

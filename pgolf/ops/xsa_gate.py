@@ -64,10 +64,11 @@ def _forward(
 ) -> Tensor:
     _check(y, v, logits, gain, logit_scale)  # again: this operation can be called without the public function
     if _uses_kernel(y, v, backend):
-        from pgolf.triton_kernels.xsa_gate import launch  # here, because triton is not on every machine
+        from pgolf.triton_kernels.memory import by_token  # here, because triton is not on every machine
+        from pgolf.triton_kernels.xsa_gate import launch
 
-        gates = None if logits is None else logits.contiguous()
-        return launch(y.contiguous(), v.contiguous(), gates, gain, logit_scale)
+        gates = None if logits is None else by_token(logits)
+        return launch(y.contiguous(), by_token(v), gates, gain, logit_scale)
     grouped, u, _ = _grouped(y, v)
     out = (grouped - (grouped * u).sum(-1, keepdim=True) * u).flatten(1, 2)
     if logits is not None:
@@ -85,10 +86,11 @@ def _gradients(
     y: Tensor, v: Tensor, logits: Tensor | None, grad: Tensor, gain: float, logit_scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # dy, dv, dlogits
     if _uses_kernel(y, v, backend):
+        from pgolf.triton_kernels.memory import by_token
         from pgolf.triton_kernels.xsa_gate import launch_backward
 
-        gates = None if logits is None else logits.contiguous()
-        dy, dv, dlogits = launch_backward(y.contiguous(), v.contiguous(), gates, grad.contiguous(), gain, logit_scale)
+        gates = None if logits is None else by_token(logits)
+        dy, dv, dlogits = launch_backward(y.contiguous(), by_token(v), gates, grad.contiguous(), gain, logit_scale)
         return dy, dv, y.new_empty(0) if dlogits is None else dlogits
     grouped, u, length = _grouped(y, v)
     e = grad.to(u.dtype).reshape(grouped.shape)

@@ -26,19 +26,26 @@ def test_is_what_the_formulas_say(technique, random_model):
         torch.testing.assert_close(model(tokens[None])[0], plain_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("technique", ["baseline", "query_gate", "parallel", "yarn", "skip_gates", "record"])
+FUSED = ("baseline", "multi_query", "output_gate", "query_gate", "value_embedding", "parallel", "yarn", "skip_gates")
+
+
+@pytest.mark.parametrize("technique", [*FUSED, "record"])
 def test_fused_operations_change_nothing(technique, random_model):
-    """Logits and all gradients, in float64."""
+    """Loss and all gradients, in float64, packed and with loops in rows; q, k and v apart and as one product."""
     model = random_model(**TECHNIQUES[technique])
     tokens, targets = torch.randint(64, (2, 2, 9))
     for looping in {False, model.config.num_loops > 0}:
+        model.looping = looping
+        documents = () if looping else (torch.tensor([0, 4, 5, 18, 18], dtype=torch.int32), 13)
         found = []
-        for model.fused in (frozenset(), OPERATIONS):
-            model.looping = looping
-            loss = model.loss(tokens, targets)
+        for model.fused in (frozenset(), OPERATIONS, OPERATIONS - {"qkv_norm_rope"}):
+            loss = model.loss(tokens, targets, "mean", *documents)
             grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
             found.append((loss, grads))
-        torch.testing.assert_close(*found)
+        plain, *others = found
+        for fused in others:
+            torch.testing.assert_close(fused, plain)
+    model.fused = OPERATIONS
     if technique == "record":
         torch.compile(model.loss, fullgraph=True, backend="eager")(tokens, targets)
 

@@ -64,15 +64,48 @@ def queries_and_keys(heads: int, kv_heads: int, head_dim: int, half: int, rows: 
         return q, k, angle.cos().to(dtype), angle.sin().to(dtype), leaf(heads, dtype=dtype, device=device)
 
     def formula(q, k, cos, sin, gain):
-        outs = []
-        for x, factor in ((q, gain.unsqueeze(-1)), (k, 1)):
-            n = x / rms(x)
-            a, b = n[..., :half], n[..., half : 2 * half]
-            c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-            outs.append(torch.cat((a * c + b * s, b * c - a * s, n[..., 2 * half :]), -1) * factor)
-        return tuple(outs)
+        return turned(q, cos, sin, gain.unsqueeze(-1)), turned(k, cos, sin, 1)
 
     return Case("qk_norm_rope", make, ops.qk_norm_rope, formula)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, factor: Tensor | int) -> Tensor:
+    half, n, c, s = cos.shape[1], x / rms(x), cos.unsqueeze(1), sin.unsqueeze(1)
+    a, b = n[..., :half], n[..., half : 2 * half]
+    return torch.cat((a * c + b * s, b * c - a * s, n[..., 2 * half :]), -1) * factor
+
+
+def joined(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    half: int,
+    readers: int = 1,
+    extra: int = 0,
+    unused: int = 0,
+    rows: int = 2,
+) -> Case:
+    """Queries, keys and values as columns of one tensor."""
+
+    def make(dtype, device, tokens):
+        columns = (heads + 2 * kv_heads) * head_dim + extra + unused
+        angle = 7 * torch.randn(tokens, half, device=device)
+        tables = angle.cos().to(dtype), angle.sin().to(dtype)
+        tensors = (leaf(*shape, dtype=dtype, device=device) for shape in ((rows, tokens, columns), (heads,)))
+        projected, gain = tensors
+        return projected, *tables, gain
+
+    def ours(projected, cos, sin, gain):
+        q, k, values, others = ops.qkv_norm_rope(projected, cos, sin, gain, kv_heads, head_dim, readers, extra)
+        return q, k, *values, *([others] if extra else [])
+
+    def formula(projected, cos, sin, gain):
+        ends = [heads * head_dim, (heads + kv_heads) * head_dim, (heads + 2 * kv_heads) * head_dim]
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in projected.tensor_split(ends, -1)[:3])
+        others = [projected[..., ends[-1] : ends[-1] + extra]] if extra else []
+        return turned(q, cos, sin, gain.unsqueeze(-1)), turned(k, cos, sin, 1), *([v] * readers), *others
+
+    return Case("qkv_norm_rope", make, ours, formula)
 
 
 def exclusive(gate: bool, heads: int, kv_heads: int, head_dim: int) -> Case:
@@ -91,6 +124,7 @@ def exclusive(gate: bool, heads: int, kv_heads: int, head_dim: int) -> Case:
     return Case("xsa_gate", make, ours, formula)
 
 
+BY_ROW = ("qk_norm_rope", "qkv_norm_rope")  # their tokens are those of one of two rows
 CASES = {
     "add": residual(True, 0),
     "mix": residual(False, 1),
@@ -99,6 +133,8 @@ CASES = {
     "add + mix, sum kept": residual(True, 1, keep_sum=True),
     "part of a head": queries_and_keys(3, 1, 20, 4),
     "the whole head": queries_and_keys(4, 2, 16, 8),
+    "of one product": joined(4, 2, 16, 8),
+    "of one product, with gate": joined(3, 1, 20, 4, readers=2, extra=3, unused=2),
     "xsa": exclusive(False, 4, 2, 24),
     "xsa + gate": exclusive(True, 6, 2, 24),
 }
@@ -109,6 +145,7 @@ RECORD = {  # at the record's widths, for a GPU
     "add + mix + skip": residual(True, 2, dim=512),
     "add + mix, sum kept": residual(True, 1, keep_sum=True, dim=512),
     "qk": queries_and_keys(8, 4, 64, 8),
+    "qkv": joined(8, 4, 64, 8, readers=2, extra=8, unused=56),
     "xsa + gate": exclusive(True, 8, 4, 64),
 }
 

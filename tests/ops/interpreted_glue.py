@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from glue_cases import CASES, exactly, leaves_of, run, upstream_of
+from glue_cases import BY_ROW, CASES, exactly, leaves_of, run, upstream_of
 from numerics import NO_WORSE, TOLERANCE, relative_error
 
 from pgolf import ops
@@ -14,7 +14,7 @@ CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.usefixtures("poisoned")
 def test_forward_and_gradients_against_float64(case, dtype):
-    inputs = case.make(dtype, "cpu", 37 if case.operation != "qk_norm_rope" else 19)
+    inputs = case.make(dtype, "cpu", 19 if case.operation in BY_ROW else 37)
     upstream = upstream_of(case, inputs)
     with ops.backend("triton"):
         mine = run(case.ours, inputs, upstream)
@@ -27,7 +27,9 @@ def test_forward_and_gradients_against_float64(case, dtype):
     assert ops.used()[case.operation] == "triton"
 
 
-@pytest.mark.parametrize("case", [CASES["add + mix"], CASES["part of a head"], CASES["xsa + gate"]])
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in ("add + mix", "part of a head", "of one product, with gate", "xsa + gate")]
+)
 def test_one_token_none_and_the_same_bits_twice(case):
     with ops.backend("triton"):
         for tokens in (0, 1):
@@ -52,6 +54,46 @@ def test_weights_in_float32_and_strides():
     for mine, expected in zip(*results, strict=True):
         assert mine.dtype == expected.dtype
         torch.testing.assert_close(mine, expected, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_columns_of_a_wider_tensor_are_read_where_they_lie():
+    wide, y = torch.randn(2, 9, 60), torch.randn(2, 9, 3, 8)
+    q, k, v, logits = (
+        wide[..., 1 + i : 1 + i + n].unflatten(-1, shape)
+        for i, n, shape in ((0, 24, (3, 8)), (24, 8, (1, 8)), (32, 8, (1, 8)), (40, 3, (3,)))
+    )
+    tables = torch.randn(2, 9, 4).unbind(0)
+    inputs = (y, q, k, v, logits, *tables, torch.randn(3))
+
+    def everything(y, q, k, v, logits, cos, sin, gain):
+        return *ops.qk_norm_rope(q, k, cos, sin, gain), ops.xsa_gate(y, v, logits)
+
+    found = []
+    for form in (lambda t: t, torch.Tensor.contiguous):
+        leaves = [form(t).detach().requires_grad_() for t in inputs]
+        with ops.backend("triton"):
+            outs = everything(*leaves)
+            grads = torch.autograd.grad(sum(out.sin().sum() for out in outs), leaves, allow_unused=True)
+        found.append([*outs, *(grad for grad in grads if grad is not None)])
+    assert len(found[0]) == 3 + 6
+    for strided, contiguous in zip(*found, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_one_product_whose_rows_lie_apart():
+    case = CASES["of one product, with gate"]
+    projected, *others = case.make(torch.float32, "cpu", 8)
+    upstream = upstream_of(case, (projected, *others))
+    apart = torch.randn(2, 8, projected.shape[-1] + 5)[..., 2:-3].copy_(projected.detach())
+    turned = projected.detach().transpose(0, 2).contiguous().transpose(0, 2)
+    with ops.backend("triton"):
+        expected = run(case.ours, (projected, *others), upstream)
+        for other in (apart, turned):
+            assert not other.is_contiguous()
+            found = run(case.ours, (other.requires_grad_(), *others), upstream)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_value_of_zero_has_no_direction():

@@ -57,17 +57,51 @@ def test_the_kernels_train_like_the_definitions():
     assert plain[-1] < plain[0]
 
 
-def test_the_fused_glue_trains_like_the_plain_functions(monkeypatch):
-    rows = torch.randint(0, 8, (3, 2, 13)).cumsum(-1) % CLASSES
-    plain, another_seed = losses("reference", 0, rows, RECORD_LIKE), losses("reference", 1, rows, RECORD_LIKE)
-    interpreted = set()
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Operations of the glue that were asked for: they alone are interpreted."""
+    asked = set()
 
     def only_the_glue(op: str, device_type: str, no_kernel_for: str = "") -> str:
-        interpreted.update({op} & OPERATIONS)
+        asked.update({op} & OPERATIONS)
         return "triton" if op in OPERATIONS else "reference"
 
     monkeypatch.setattr(backends, "choose", only_the_glue)
+    return asked
+
+
+def test_the_fused_glue_trains_like_the_plain_functions(interpreted):
+    rows = torch.randint(0, 8, (3, 2, 13)).cumsum(-1) % CLASSES
+    plain, another_seed = losses("reference", 0, rows, RECORD_LIKE), losses("reference", 1, rows, RECORD_LIKE)
     fused = losses("reference", 0, rows, RECORD_LIKE, OPERATIONS)
-    assert interpreted == OPERATIONS
+    assert interpreted == OPERATIONS - {"qk_norm_rope"}, "the other one takes its place"
     assert fused.tolist() == pytest.approx(plain.tolist(), abs=1e-4)
     assert (fused - plain).abs().max() < 0.05 * (another_seed - plain).abs().max(), "far within seed noise"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"VE_LAYERS": "0", "VE_DIM": "8"},
+        {"SPARSE_ATTN_GATE_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1", "ATTN_OUT_GATE_SRC": "q"},
+        {"SPARSE_ATTN_GATE_ENABLED": "0", "XSA_LAST_N": "0"},
+    ],
+    ids=["sparse gate", "value embedding", "gate by query", "neither gate nor XSA"],
+)
+def test_one_product_for_q_k_v_and_gate_changes_nothing(changes, interpreted):
+    """Loss and all gradients in float32, of packed documents, every parameter random."""
+    config = ModelConfig.of(load_settings(RECORD_LIKE | {"NUM_LAYERS": "1"} | changes))
+    model = Model(dataclasses.replace(config, vocab_size=CLASSES)).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    tokens, targets = torch.randint(CLASSES, (2, 1, 17))
+    borders = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
+    found = []
+    for model.fused in (frozenset(), {"qkv_norm_rope", "xsa_gate"}):
+        loss = model.loss(tokens, targets, "mean", borders, 11)
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert "qkv_norm_rope" in interpreted
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from glue_cases import CASES, exactly, run, upstream_of
+from glue_cases import BY_ROW, CASES, exactly, joined, run, upstream_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import DTYPES, NO_WORSE, TOLERANCE, relative_error
 
 from pgolf import ops
 from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
+from pgolf.ops.qkv_norm_rope import qkv_norm_rope_reference
 from pgolf.ops.residual_rms_norm import residual_rms_norm_reference
 from pgolf.ops.xsa_gate import xsa_gate_reference
 
@@ -41,13 +44,17 @@ def test_the_definitions_are_the_formulas():
     inputs = CASES["part of a head"].make(torch.float64, "cpu", 5)
     found.append(qk_norm_rope_reference(*inputs))
     expected.append(CASES["part of a head"].formula(*inputs))
+    inputs = CASES["of one product, with gate"].make(torch.float64, "cpu", 5)
+    q, k, values, extra = qkv_norm_rope_reference(*inputs, 1, 20, readers=2, extra=3)
+    found.append((q, k, *values, extra))
+    expected.append(CASES["of one product, with gate"].formula(*inputs))
     inputs = CASES["xsa + gate"].make(torch.float64, "cpu", 5)
     found.append(xsa_gate_reference(*inputs, 2.0, 0.5))
     expected.append(CASES["xsa + gate"].formula(*inputs)[0])
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["add + mix, sum kept", "part of a head", "xsa + gate"])
+@pytest.mark.parametrize("name", ["add + mix, sum kept", "part of a head", "of one product, with gate", "xsa + gate"])
 def test_one_graph(name):
     case = CASES[name]
     inputs = case.make(torch.float32, "cpu", 6)
@@ -71,6 +78,9 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.pgolf.qk_norm_rope.default, (q, k, *inputs[2:], "reference"))
     tensors = [t.detach() for t in (q, k, cos, sin, gain, q, k)]
     torch.library.opcheck(torch.ops.pgolf.qk_norm_rope_backward.default, (*tensors, "reference"))
+    both = [torch.randn_like(k), torch.randn_like(k)]
+    arguments = (*tensors, both, torch.randn(len(q), 2), (3 + 2) * 20 + 7, "reference")
+    torch.library.opcheck(torch.ops.pgolf.qkv_norm_rope_backward.default, arguments)
     y, v, logits = CASES["xsa + gate"].make(torch.float32, "cpu", 6)
     torch.library.opcheck(torch.ops.pgolf.xsa_gate.default, (y, v, logits, 2.0, 0.5, "reference"))
     tensors = [t.detach() for t in (y, v, logits, y)]
@@ -96,6 +106,29 @@ def test_what_is_kept_for_the_backward_pass(name, kept):
     assert sum(tensor.numel() >= inputs[1].numel() for tensor in saved) == kept
 
 
+def test_of_one_product_nothing_else_is_kept_and_no_part_copied():
+    case, saved = CASES["of one product, with gate"], []
+    inputs = case.make(torch.float32, "cpu", 50)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        _, _, *views = case.ours(*inputs)
+    ours = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    assert saved
+    assert {tensor.untyped_storage().data_ptr() for tensor in saved} <= ours
+    assert len(views) == 3
+    assert {view.untyped_storage().data_ptr() for view in views} == {inputs[0].untyped_storage().data_ptr()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_of_one_product_any_sizes(data):
+    heads, kv_heads, head_dim, readers = (data.draw(st.integers(1, n)) for n in (5, 3, 9, 2))
+    half, extra, unused = (data.draw(st.integers(0, n)) for n in (head_dim // 2, 4, 4))
+    case = joined(heads, kv_heads, head_dim, half, readers, extra, unused)
+    inputs = case.make(torch.float64, "cpu", data.draw(st.integers(1, 4)))
+    upstream = upstream_of(case, inputs)
+    torch.testing.assert_close(run(case.ours, inputs, upstream), run(case.formula, inputs, upstream))
+
+
 @CASE
 def test_gradients_of_zero_strides_and_frozen_inputs(case):
     inputs = case.make(torch.float32, "cpu", 7)
@@ -105,7 +138,7 @@ def test_gradients_of_zero_strides_and_frozen_inputs(case):
     found = torch.autograd.grad(sum(out.sum() for out in case.ours(*frozen)), inputs[0])
     torch.testing.assert_close(found, expected)
     empty = tuple(t[:0] if t.shape[:1] == (7,) else t for t in inputs)
-    if case.operation != "qk_norm_rope":
+    if case.operation not in BY_ROW:
         assert all(out.shape[0] == 0 for out in case.ours(*empty))
 
 
@@ -124,6 +157,7 @@ def test_one_of_the_results_alone():
 
 X, W = torch.zeros(3, 4), torch.zeros(2, 4)
 Q, K, TABLE, GAIN = torch.zeros(6, 4, 8), torch.zeros(6, 2, 8), torch.zeros(3, 4), torch.zeros(4)
+P = torch.zeros(6, (4 + 2 * 2) * 8 + 3)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +181,25 @@ Q, K, TABLE, GAIN = torch.zeros(6, 4, 8), torch.zeros(6, 2, 8), torch.zeros(3, 4
         ("qk_norm_rope", (Q, K, TABLE.new_zeros(3, 5), TABLE, GAIN), ValueError, r"cos: shape \(3, 5\)"),
         ("qk_norm_rope", (Q, K, TABLE, TABLE[:1], GAIN), ValueError, r"sin: shape \(1, 4\), expected \(3, 4\)"),
         ("qk_norm_rope", (Q, K, TABLE, TABLE, GAIN[:2]), ValueError, r"gain: shape \(2,\), expected \(4,\)"),
+        ("qkv_norm_rope", (P.int(), TABLE, TABLE, GAIN, 2, 8), TypeError, "projected: dtype torch.int32"),
+        ("qkv_norm_rope", (P.to_sparse(), TABLE, TABLE, GAIN, 2, 8), ValueError, "projected: layout"),
+        ("qkv_norm_rope", (P[0, 0], TABLE, TABLE, GAIN, 2, 8), ValueError, r"projected: shape \(\) .* C >= 64 for 4 "),
+        ("qkv_norm_rope", (P, TABLE, TABLE, GAIN, 3, 8), ValueError, r"projected: shape \(6, 67\) .* C >= 80 for 4 "),
+        ("qkv_norm_rope", (P, TABLE, TABLE, GAIN, 2, 8, 1, 4), ValueError, "C >= 68 .* and 4 extra columns"),
+        ("qkv_norm_rope", (P, TABLE, TABLE, GAIN, 0, 8), ValueError, "kv_heads: 0 is not accepted"),
+        ("qkv_norm_rope", (P, TABLE, TABLE, GAIN, 2, 8.0), TypeError, "head_dim: expected an int, got float"),
+        (
+            "qkv_norm_rope",
+            (P, TABLE, TABLE, GAIN, 2, 8, 3),
+            ValueError,
+            "readers: 3 is not accepted; accepted are 1 to 2",
+        ),
+        ("qkv_norm_rope", (P, TABLE, TABLE, GAIN, 2, 8, 1, -1), ValueError, "extra: -1 is not accepted"),
+        ("qkv_norm_rope", (P, TABLE, TABLE, W, 2, 8), ValueError, r"gain: shape \(2, 4\)"),
+        ("qkv_norm_rope", (P, TABLE, TABLE, GAIN.half(), 2, 8), TypeError, "gain: dtype torch.float16"),
+        ("qkv_norm_rope", (P, TABLE.double(), TABLE, GAIN, 2, 8), TypeError, "cos: dtype torch.float64"),
+        ("qkv_norm_rope", (P, TABLE.new_zeros(4, 4), TABLE, GAIN, 2, 8), ValueError, "cos: 4 rows .* 6 tokens"),
+        ("qkv_norm_rope", (P, TABLE, TABLE.to("meta"), GAIN, 2, 8), ValueError, "sin: on meta"),
         ("xsa_gate", (Q, Q[:, :3]), ValueError, "with kv_heads a divisor of 4"),
         ("xsa_gate", (Q, K[:2]), ValueError, r"v: shape \(2, 2, 8\), expected \(6, 2, 8\)"),
         ("xsa_gate", (Q, K, GAIN), ValueError, r"logits: shape \(4,\), expected \(6, 4\)"),
