@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf.triton_kernels.memory import load_wide, store_narrow
+from pgolf.triton_kernels.rms_norm import inverse_rms, norm_gradient
 from pgolf.triton_kernels.variants import Variant, architecture, programs, signature
 
 MOST_COLUMNS = 4096
@@ -79,8 +80,7 @@ def residual_rms_norm_kernel(
             m += w2 * load_wide(second_ptr, at, inside)
         if BRANCH or STREAMS > 0:
             store_narrow(mixed_ptr, at, m, inside)
-        inverse = 1.0 / tl.sqrt_rn(tl.sum(m * m, 1) / columns + eps)
-        store_narrow(normed_ptr, at, m * (scale * inverse)[:, None], inside)
+        store_narrow(normed_ptr, at, m * (scale * inverse_rms(m, columns, eps)), inside)
 
 
 @triton.jit
@@ -131,10 +131,7 @@ def residual_rms_norm_backward_kernel(
         if STREAMS > 1:
             second = load_wide(second_ptr, at, inside)
             m += w2 * second
-        g = load_wide(grad_normed_ptr, at, inside)
-        inverse = 1.0 / tl.sqrt_rn(tl.sum(m * m, 1) / columns + eps)
-        along = tl.sum(m * g, 1) / columns * inverse * inverse
-        d = (g - m * along[:, None]) * (scale * inverse)[:, None]
+        d = norm_gradient(m, load_wide(grad_normed_ptr, at, inside), columns, eps, scale)
         if GRAD_MIXED:
             d += load_wide(grad_mixed_ptr, at, inside)
         if STREAMS > 0:

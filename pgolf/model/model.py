@@ -124,17 +124,20 @@ class Model(nn.Module):
 
     def _embed(self, tokens: Tensor, embedding: Tensor, documents: Documents) -> Tensor:
         """The first layer's input, (rows, length, dim)."""
-        config = self.config
+        config, starts = self.config, documents.starts
+        if config.smear_gate_enabled:
+            gate = self._cast("smear_gate"), self._cast("smear_lambda")
+            if config.smear_gate_bos_fix:
+                starts = starts | (tokens == config.bos_id)
+            if "embedding_smear_norm" in self.fused and not config.bigram_vocab_size:
+                return ops.embedding_smear_norm(tokens, embedding, *gate, starts)
         x = F.embedding(tokens, embedding)
         if config.bigram_vocab_size:
             buckets = bigram_buckets(tokens, documents.starts, config.bigram_vocab_size)
             names = ("bigram_embedding", "bigram_projection", "bigram_scale")
             x = x + bigram_embedding(buckets, *map(self._cast, names))
         if config.smear_gate_enabled:
-            starts = documents.starts
-            if config.smear_gate_bos_fix:
-                starts = starts | (tokens == config.bos_id)
-            x = smear(x, self._cast("smear_gate"), self._cast("smear_lambda"), starts)
+            x = smear(x, *gate, starts)
         return norm(x)
 
     def _batch(self, tokens: Tensor, documents: Documents) -> Batch:

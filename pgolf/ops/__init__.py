@@ -5,6 +5,7 @@
 
 from pgolf.ops.accumulate_hessian import accumulate_hessian
 from pgolf.ops.backends import BACKENDS, Availability, BackendUnavailable, available, backend, fallbacks, used
+from pgolf.ops.embedding_smear_norm import embedding_smear_norm
 from pgolf.ops.gptq import gptq
 from pgolf.ops.gptq_refine import gptq_refine
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
@@ -27,6 +28,7 @@ __all__ = [
     "accumulate_hessian",
     "available",
     "backend",
+    "embedding_smear_norm",
     "fallbacks",
     "gptq",
     "gptq_refine",

@@ -96,6 +96,17 @@ def epsilon(dtype: torch.dtype) -> float:
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
+def inverse_rms(m: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / sqrt(mean(m²) + eps) over the last dimension, with the epsilon of `dtype`."""
+    return (m.square().mean(-1, keepdim=True) + epsilon(dtype)).rsqrt()
+
+
+def norm_gradient(m: Tensor, g: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """The gradient of m where g is that of scale · m · inverse_rms(m)."""
+    inverse = inverse_rms(m, dtype)
+    return (g - m * ((m * g).mean(-1, keepdim=True) * inverse * inverse)) * (scale * inverse)
+
+
 # Two operations, so that the compiler plans around them. Results that were not asked for have no elements.
 
 
@@ -123,7 +134,7 @@ def _forward(
         )
         return x.new_empty(0) if kept is None else kept, x.new_empty(0) if mixed is None else mixed, normed
     total, mixed = _combine(x, branch, streams, weights)
-    normed = mixed * (scale * _inverse_norm(mixed, x.dtype))
+    normed = mixed * (scale * inverse_rms(mixed, x.dtype))
     return (
         total.to(x.dtype) if keep_sum else x.new_empty(0),
         mixed.to(x.dtype) if branch is not None or streams else x.new_empty(0),
@@ -176,9 +187,7 @@ def _(x, branch, first, second, weights, grad_sum, grad_mixed, grad_normed, scal
 
 def _gradients_in_pytorch(x, branch, streams, weights, grad_sum, grad_mixed, grad_normed, scale):
     total, mixed = _combine(x, branch, streams, weights)
-    inverse = _inverse_norm(mixed, x.dtype)
-    g = grad_normed.to(mixed.dtype)
-    d = (g - mixed * ((mixed * g).mean(-1, keepdim=True) * inverse * inverse)) * (scale * inverse)
+    d = norm_gradient(mixed, grad_normed.to(mixed.dtype), x.dtype, scale)
     if grad_mixed is not None:
         d = d + grad_mixed
     dx, gradients, dweights = d, [], None
@@ -235,10 +244,6 @@ def _combine(x, branch, streams, weights) -> tuple[Tensor, Tensor]:
     for weight, stream in zip(weights[1:].to(wide), streams, strict=True):
         mixed = mixed + weight * stream
     return total, mixed
-
-
-def _inverse_norm(mixed: Tensor, dtype: torch.dtype) -> Tensor:
-    return (mixed.square().mean(-1, keepdim=True) + epsilon(dtype)).rsqrt()
 
 
 def _uses_kernel(x: Tensor, backend: str) -> bool:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from glue_cases import CASES, exactly, run, upstream_of
-from numerics import DTYPES, NO_WORSE, TOLERANCE, relative_error
+from numerics import DTYPES, assert_no_worse
 
 from pgolf import ops
+from pgolf.ops.embedding_smear_norm import embedding_smear_norm_reference
 from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
 from pgolf.ops.residual_rms_norm import residual_rms_norm_reference
 from pgolf.ops.xsa_gate import xsa_gate_reference
@@ -22,10 +23,7 @@ def test_forward_and_gradients_against_float64(case, dtype):
     mine, plain = run(case.ours, inputs, upstream), run(case.formula, inputs, upstream)
     for found, plainly, true in zip(mine, plain, run(case.formula, exactly(inputs), upstream), strict=True):
         assert found.dtype == dtype
-        error = relative_error(found, true.double())
-        assert error < TOLERANCE[dtype]
-        by_chance = 2 / found.numel() ** 0.5
-        assert error <= (NO_WORSE + by_chance) * relative_error(plainly, true) + 1e-2 * TOLERANCE[dtype]
+        assert_no_worse(found, plainly, true)
 
 
 @CASE
@@ -44,10 +42,13 @@ def test_the_definitions_are_the_formulas():
     inputs = CASES["xsa + gate"].make(torch.float64, "cpu", 5)
     found.append(xsa_gate_reference(*inputs, 2.0, 0.5))
     expected.append(CASES["xsa + gate"].formula(*inputs)[0])
+    table, tokens, gate, starts = inputs = CASES["embedding"].make(torch.float64, "cpu", 5)
+    found.append(embedding_smear_norm_reference(tokens, table, gate[None, :-1], gate[-1:], starts))
+    expected.append(CASES["embedding"].formula(*inputs)[0])
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["add + mix, sum kept", "part of a head", "xsa + gate"])
+@pytest.mark.parametrize("name", ["add + mix, sum kept", "part of a head", "xsa + gate", "embedding"])
 def test_one_graph(name):
     case = CASES[name]
     inputs = case.make(torch.float32, "cpu", 6)
@@ -75,6 +76,12 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.pgolf.xsa_gate.default, (y, v, logits, 2.0, 0.5, "reference"))
     tensors = [t.detach() for t in (y, v, logits, y)]
     torch.library.opcheck(torch.ops.pgolf.xsa_gate_backward.default, (*tensors, 2.0, 0.5, "reference"))
+    table, tokens, gate, starts = CASES["embedding"].make(torch.float32, "cpu", 6)
+    gate = gate.detach()
+    tensors = tokens, table, gate[None, :-1].requires_grad_(), gate[-1:].clone().requires_grad_(), starts
+    torch.library.opcheck(torch.ops.pgolf.embedding_smear_norm.default, (*tensors, "reference"))
+    tensors = [*(t.detach() for t in tensors), torch.randn(2, 6, table.shape[1])]
+    torch.library.opcheck(torch.ops.pgolf.embedding_smear_norm_backward.default, (*tensors, "reference"))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +103,14 @@ def test_what_is_kept_for_the_backward_pass(name, kept):
     assert sum(tensor.numel() >= inputs[1].numel() for tensor in saved) == kept
 
 
+def test_no_embedding_is_kept():
+    case, saved = CASES["embedding"], []
+    inputs = case.make(torch.float32, "cpu", 200)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        (out,) = case.ours(*inputs)
+    assert max(tensor.numel() for tensor in saved) == inputs[0].numel() < out.numel() / 10
+
+
 @CASE
 def test_gradients_of_zero_strides_and_frozen_inputs(case):
     inputs = case.make(torch.float32, "cpu", 7)
@@ -105,7 +120,7 @@ def test_gradients_of_zero_strides_and_frozen_inputs(case):
     found = torch.autograd.grad(sum(out.sum() for out in case.ours(*frozen)), inputs[0])
     torch.testing.assert_close(found, expected)
     empty = tuple(t[:0] if t.shape[:1] == (7,) else t for t in inputs)
-    if case.operation != "qk_norm_rope":
+    if case.operation not in ("qk_norm_rope", "embedding_smear_norm"):
         assert all(out.shape[0] == 0 for out in case.ours(*empty))
 
 
@@ -122,7 +137,8 @@ def test_one_of_the_results_alone():
             torch.testing.assert_close(mine, torch.zeros_like(mine) if true is None else true)
 
 
-X, W = torch.zeros(3, 4), torch.zeros(2, 4)
+X, W, ONE = torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(1)
+TOKENS, STARTS = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.bool)
 Q, K, TABLE, GAIN = torch.zeros(6, 4, 8), torch.zeros(6, 2, 8), torch.zeros(3, 4), torch.zeros(4)
 
 
@@ -153,6 +169,17 @@ Q, K, TABLE, GAIN = torch.zeros(6, 4, 8), torch.zeros(6, 2, 8), torch.zeros(3, 4
         ("xsa_gate", (Q, K, Q[..., 0].bfloat16()), TypeError, "logits: dtype torch.bfloat16"),
         ("xsa_gate", (Q, K, None, float("inf")), ValueError, "gain: inf"),
         ("xsa_gate", (Q.to_sparse(), K), ValueError, "y: layout"),
+        ("embedding_smear_norm", (X, X, W[:1], ONE, STARTS), TypeError, "tokens: dtype torch.float32"),
+        ("embedding_smear_norm", (TOKENS[0], X, W[:1], ONE, STARTS), ValueError, r"tokens: shape \(5,\)"),
+        ("embedding_smear_norm", (TOKENS, X[0], W[:1], ONE, STARTS), ValueError, r"table: shape \(4,\)"),
+        ("embedding_smear_norm", (TOKENS, X, W, ONE, STARTS), ValueError, r"weight: shape \(2, 4\) .* w <= 4"),
+        ("embedding_smear_norm", (TOKENS, X, W[:1].half(), ONE, STARTS), TypeError, "weight: dtype torch.float16"),
+        ("embedding_smear_norm", (TOKENS, X, W[:1], W[0], STARTS), ValueError, r"strength: shape \(4,\)"),
+        ("embedding_smear_norm", (TOKENS, X, W[:1], ONE, TOKENS), TypeError, "starts: dtype torch.int64"),
+        ("embedding_smear_norm", (TOKENS, X, W[:1], ONE, STARTS[:, :4]), ValueError, r"starts: shape \(1, 4\)"),
+        ("embedding_smear_norm", (TOKENS.to("meta"), X, W[:1], ONE, STARTS), ValueError, "tokens: on meta"),
+        ("embedding_smear_norm", (TOKENS + 3, X, W[:1], ONE, STARTS), ValueError, r"tokens: value 3 .* 0\.\.2"),
+        ("embedding_smear_norm", (TOKENS - 1, X, W[:1], ONE, STARTS), ValueError, r"tokens: value -1 .* 0\.\.2"),
     ],
 )
 def test_wrong_arguments_are_named(operation, arguments, error, message):
