@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 TRAIN_BATCH_TOKENS=512 python bench/fused_training.py --steps 200
 
-The preset is `demo` unless PRESET says otherwise; every setting can be changed by its variable, as in train_gpt.py. With
+The preset is `demo` unless PRESET says otherwise; every setting has its variable, as in train_gpt.py. With
 TRITON_INTERPRET=1 the kernels of the glue run on the CPU, and all else by its definition.
 """
 

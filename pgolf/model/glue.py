@@ -7,7 +7,7 @@ table is empty and `auto` is `off`.
 
 import torch
 
-OPERATIONS = frozenset({"residual_rms_norm", "qk_norm_rope", "xsa_gate", "embedding_smear_norm"})
+OPERATIONS = frozenset({"embedding_smear_norm", "residual_rms_norm", "two_lane_rms_norm", "qk_norm_rope", "xsa_gate"})
 WINS: dict[tuple[int, int], frozenset[str]] = {}  # compute capability -> operations
 
 

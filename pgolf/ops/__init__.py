@@ -17,6 +17,7 @@ from pgolf.ops.residual_rms_norm import residual_rms_norm, residual_sum_rms_norm
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from pgolf.ops.trellis_dequantize import trellis_dequantize
 from pgolf.ops.trellis_quantize import Trellis, trellis_quantize
+from pgolf.ops.two_lane_rms_norm import two_lane_rms_norm
 from pgolf.ops.unpack_dequantize import unpack_dequantize
 from pgolf.ops.xsa_gate import xsa_gate
 
@@ -42,6 +43,7 @@ __all__ = [
     "softcapped_cross_entropy",
     "trellis_dequantize",
     "trellis_quantize",
+    "two_lane_rms_norm",
     "unpack_bits",
     "unpack_dequantize",
     "used",

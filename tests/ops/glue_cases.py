@@ -91,8 +91,38 @@ def exclusive(gate: bool, heads: int, kv_heads: int, head_dim: int) -> Case:
     return Case("xsa_gate", make, ours, formula)
 
 
+def two_lanes(lanes: int, branches: int, skip: bool, dim: int = 48) -> Case:
+    """`keep` and `post` are one tensor here, as the gate below."""
+    wide = lanes + branches + 1 + skip
+
+    def make(dtype, device, tokens):
+        tensors = [leaf(tokens, dim, dtype=dtype, device=device) for _ in range(wide)]
+        return *tensors, leaf(6, dtype=dtype, device=device), leaf(2 + 2 * skip, dim, dtype=dtype, device=device)
+
+    def split(tensors):
+        *rows, scalars, weights = tensors
+        skips = (rows.pop(), weights[2:]) if skip else (None, None)
+        x0 = rows.pop()
+        return rows[:lanes], rows[lanes:], scalars[:2], scalars[2:].view(2, 2), x0, weights[:2], *skips
+
+    def ours(*tensors):
+        return ops.two_lane_rms_norm(*split(tensors), SCALE)
+
+    def formula(*tensors):
+        rows, added, keep, post, x0, mix, stored, weights = split(tensors)
+        a, b = keep[0] * rows[0], keep[1] * rows[-1]
+        for j, branch in enumerate(added):
+            a, b = a + post[j, 0] * branch, b + post[j, 1] * branch
+        if skip:
+            a = weights[0] * a + weights[1] * stored
+        m = mix[0] * a + mix[1] * x0
+        return a, b, SCALE * m / rms(m), SCALE * b / rms(b)
+
+    return Case("two_lane_rms_norm", make, ours, formula)
+
+
 def embedding(vocabulary: int, dim: int, window: int, rows: int = 2) -> Case:
-    """The gate's weight and strength are one tensor here: the error of one sum says nothing where it is near zero."""
+    """The gate's weight and strength are one tensor: the error of one sum says nothing where it is near zero."""
 
     def make(dtype, device, tokens):
         chosen = torch.randint(vocabulary, (rows, tokens), device=device)
@@ -118,10 +148,15 @@ CASES = {
     "add + mix": residual(True, 1),
     "add + mix + skip": residual(True, 2),
     "add + mix, sum kept": residual(True, 1, keep_sum=True),
+    "three streams": residual(False, 3),
     "part of a head": queries_and_keys(3, 1, 20, 4),
     "the whole head": queries_and_keys(4, 2, 16, 8),
     "xsa": exclusive(False, 4, 2, 24),
     "xsa + gate": exclusive(True, 6, 2, 24),
+    "lanes part": two_lanes(1, 1, skip=True),
+    "lanes part, nothing to add": two_lanes(1, 0, skip=False),
+    "two lanes": two_lanes(2, 2, skip=False),
+    "two lanes + skip": two_lanes(2, 2, skip=True),
     "embedding": embedding(31, 40, 12),
 }
 RECORD = {  # at the record's widths, for a GPU
@@ -130,8 +165,12 @@ RECORD = {  # at the record's widths, for a GPU
     "add + mix": residual(True, 1, dim=512),
     "add + mix + skip": residual(True, 2, dim=512),
     "add + mix, sum kept": residual(True, 1, keep_sum=True, dim=512),
+    "three streams": residual(False, 3, dim=512),
     "qk": queries_and_keys(8, 4, 64, 8),
     "xsa + gate": exclusive(True, 8, 4, 64),
+    "lanes part": two_lanes(1, 1, skip=True, dim=512),
+    "two lanes": two_lanes(2, 2, skip=False, dim=512),
+    "two lanes + skip": two_lanes(2, 2, skip=True, dim=512),
     "embedding": embedding(8192, 512, 12, rows=1),
 }
 

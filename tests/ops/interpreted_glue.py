@@ -24,7 +24,9 @@ def test_forward_and_gradients_against_float64(case, dtype):
     assert ops.used()[case.operation] == "triton"
 
 
-@pytest.mark.parametrize("case", [CASES[name] for name in ("add + mix", "part of a head", "xsa + gate", "embedding")])
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in ("add + mix", "part of a head", "xsa + gate", "two lanes + skip", "embedding")]
+)
 def test_one_token_none_and_the_same_bits_twice(case):
     with ops.backend("triton"):
         for tokens in (0, 1):
