@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -25,32 +26,19 @@ from pgolf.schedule import lr_scale
 from pgolf.settings import Settings, load_settings
 from pgolf.train import Trainer
 
-FIRST = (50, 100)
-INTERPRETED_TILE = 1 << 15  # values of a block
+TELL_EVERY = 50
+INTERPRETED_TILE = 1 << 16  # values of a block
 
 
-def losses(settings: Settings, fused: frozenset[str], steps: int) -> list[float]:
+def losses(settings: Settings, fused: frozenset[str], steps: int) -> Iterator[float]:
     """Of every step."""
     ranks = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     loader = training_loader(settings, open_dataset(settings, ranks).train_shards, ranks)
     model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
     model.fused = fused
     trainer = Trainer(model, loader, settings, ranks, SimpleNamespace())  # type: ignore[arg-type]
-    found, begin = [], time.process_time()
     for trainer.step in range(steps):
-        found.append(trainer.take_step(lr_scale(settings, trainer.step / steps)).item())
-        if trainer.step + 1 in (3, steps):
-            seconds = (time.process_time() - begin) / (trainer.step + 1)
-            print(f"seed {settings.seed}, {len(fused)} fused: {seconds:.2f} CPU s a step", flush=True)
-    return found
-
-
-def report(name: str, some: list[float], others: list[float]) -> None:
-    apart = [abs(a - b) for a, b in zip(some, others, strict=True)]
-    parts = [f"{max(apart[:n]):.1e} in the first {n}" for n in FIRST if n < len(apart)]
-    print(
-        f"{name}: losses differ by at most {', '.join([*parts, f'{max(apart):.1e} in all {len(apart)}'])}", flush=True
-    )
+        yield trainer.take_step(lr_scale(settings, trainer.step / steps)).item()
 
 
 def interpret_the_glue_only() -> None:
@@ -68,12 +56,22 @@ def main() -> int:
     settings = load_settings({"PRESET": "demo", **os.environ})
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         interpret_the_glue_only()
-    plain = losses(settings, frozenset(), steps)
     another = settings.model_copy(update={"seed": settings.seed + 1})
-    report("another seed", losses(another, frozenset(), steps), plain)
-    fused = losses(settings, OPERATIONS, steps)
-    report("fused", fused, plain)
-    print(f"last losses: plain {plain[-1]:.6f}, fused {fused[-1]:.6f}")
+    runs = zip(
+        losses(settings, frozenset(), steps),
+        losses(settings, OPERATIONS, steps),
+        losses(another, frozenset(), steps),
+        strict=True,
+    )
+    most = [0.0, 0.0]
+    for step, (plain, *others) in enumerate(runs, 1):
+        most = [max(so_far, abs(other - plain)) for so_far, other in zip(most, others, strict=True)]
+        if step in (3, steps) or step % TELL_EVERY == 0:
+            print(
+                f"{step} steps: loss {plain:.6f}; so far fused differs by at most {most[0]:.1e}, another seed by "
+                f"{most[1]:.1e}; {time.process_time():.0f} CPU s",
+                flush=True,
+            )
     return 0
 
 

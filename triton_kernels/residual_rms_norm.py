@@ -273,25 +273,20 @@ def _flags(branch: bool, streams: int, columns: int, config: Launch) -> dict[str
 def _variant(branch: bool, streams: int, kept: bool, backward: bool, rows: int = 98304, columns: int = 512) -> Variant:
     config = LAUNCHES[90]
     kernel = residual_rms_norm_backward_kernel if backward else residual_rms_norm_kernel
+    last = streams == MOST_STREAMS  # the norm after two lanes: nothing else reads m
     two = branch and not (backward and (kept or not streams))  # a sum that was stored is read in place of its parts
     constexprs = _flags(two, streams, columns, config) | (
-        {"GRAD_SUM": kept, "GRAD_MIXED": True} if backward else {"KEEP_SUM": kept}
+        {"GRAD_SUM": kept, "GRAD_MIXED": not last} if backward else {"KEEP_SUM": kept}
     )
     num_warps = int(constexprs.pop("num_warps"))
     names = kernel.arg_names
     per_sm = config.backward_programs_per_sm[streams] if backward else config.programs_per_sm
     grid = min(triton.cdiv(rows, _rows(columns, config)), 132 * per_sm)
     # Forward: the inputs in; m, y and u out. Backward: the inputs and the outputs' gradients in; gradients out.
-    moved = 1 + two + streams + 2 + kept + ((1 + streams) if backward else 0)
+    moved = 1 + two + streams + 2 + kept + ((1 + streams - last) if backward else 0)
     weights = (1 + streams) * columns * 2 if streams else 0
     sums = grid * (1 + streams) * columns * 4 * 2 if backward and streams else 0  # written, and read by the sum
-    parts = (
-        ["add"] * branch
-        + ["mix"] * (streams > 0)
-        + ["skip"] * (streams == 2)
-        + ["two more"] * (streams > 2)
-        + ["keep sum"] * kept
-    )
+    parts = ["add"] * branch + [[], ["mix"], ["mix", "skip"], ["merge"]][streams] + ["keep sum"] * kept
     return Variant(
         name=f"residual_rms_norm {' + '.join(parts)} {'backward' if backward else 'forward'} bf16 {rows}x{columns}",
         kernel=kernel,

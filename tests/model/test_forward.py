@@ -26,21 +26,44 @@ def test_is_what_the_formulas_say(technique, random_model):
         torch.testing.assert_close(model(tokens[None])[0], plain_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("technique", ["baseline", "query_gate", "parallel", "yarn", "skip_gates", "record"])
+FUSED = ["baseline", "query_gate", "parallel", "yarn", "skip_gates", "two_lanes", "smear_gate", "bigram_hash", "record"]
+
+
+@pytest.mark.parametrize("technique", FUSED)
 def test_fused_operations_change_nothing(technique, random_model):
-    """Logits and all gradients, in float64."""
+    """Loss and all gradients, in float64; of the record with packed documents."""
     model = random_model(**TECHNIQUES[technique])
     tokens, targets = torch.randint(64, (2, 2, 9))
+    borders = torch.tensor([0, 4, 11, 18], dtype=torch.int32) if technique == "record" else None
     for looping in {False, model.config.num_loops > 0}:
         found = []
         for model.fused in (frozenset(), OPERATIONS):
             model.looping = looping
-            loss = model.loss(tokens, targets)
+            loss = model.loss(tokens, targets, cu_seqlens=borders, max_seqlen=9)
             grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
             found.append((loss, grads))
         torch.testing.assert_close(*found)
     if technique == "record":
         torch.compile(model.loss, fullgraph=True, backend="eager")(tokens, targets)
+
+
+@pytest.mark.parametrize("operation", sorted(OPERATIONS))
+def test_each_may_be_fused_alone(operation, random_model):
+    model = random_model(**TECHNIQUES["record"])
+    tokens = torch.randint(64, (1, 9))
+    plain = model(tokens)
+    model.fused = frozenset({operation})
+    torch.testing.assert_close(model(tokens), plain)
+
+
+@pytest.mark.parametrize("lane", ["attn", "mlp"])
+def test_lanes_that_part_at_once_and_merge_into_one_fused(lane, random_model):
+    """With four layers the first of the second half takes back at once what was stored last."""
+    model = random_model(num_layers=4, parallel_start_layer=2, parallel_final_lane=lane)
+    tokens = torch.randint(64, (1, 9))
+    plain = model(tokens)
+    model.fused = OPERATIONS
+    torch.testing.assert_close(model(tokens), plain)
 
 
 def test_the_choice_of_fused_operations(monkeypatch):

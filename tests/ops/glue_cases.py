@@ -125,8 +125,10 @@ def embedding(vocabulary: int, dim: int, window: int, rows: int = 2) -> Case:
     """The gate's weight and strength are one tensor: the error of one sum says nothing where it is near zero."""
 
     def make(dtype, device, tokens):
-        chosen = torch.randint(vocabulary, (rows, tokens), device=device)
-        starts = torch.rand(rows, tokens, device=device) < 0.1
+        length = tokens + (tokens > 0)  # the first has none before it, and the second, here, always one
+        chosen = torch.randint(vocabulary, (rows, length), device=device)
+        starts = torch.rand(rows, length, device=device) < 0.1
+        starts[:, 1:2] = False
         table = leaf(vocabulary, dim, dtype=dtype, device=device)
         return table, chosen, leaf(window + 1, dtype=dtype, device=device), starts
 

@@ -204,7 +204,7 @@ def test_glue_against_float64(case, dtype):
 
 def test_the_model_with_fused_glue():
     """A small record, compiled as one graph, in float32: the loss and every gradient as with the plain functions."""
-    settings = {"PRESET": "record", "NUM_LAYERS": "9", "MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
+    settings = {"PRESET": "record", "NUM_LAYERS": "10", "MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
     model = Model(ModelConfig.of(load_settings(settings))).initialise(torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
