@@ -314,7 +314,12 @@ import torch
 from pgolf import ops
 
 targets = torch.tensor([0, 5, {target}, 3], device="cuda")
-if {linear}:
+if {operation!r} == "embedding":
+    start = torch.zeros(1, device="cuda")
+    loss = ops.embedding_smear_norm(
+        targets[None], torch.randn(1000, 16, device="cuda"), start[None], start, targets[None] < 0
+    ).sum()
+elif {operation!r} == "linear":
     loss = ops.linear_softcapped_cross_entropy(
         torch.randn(4, 16, device="cuda"), torch.randn(1000, 16, device="cuda"), targets
     )
@@ -325,17 +330,20 @@ print("accepted", loss.item())
 """
 
 
-@pytest.mark.parametrize(("target", "linear"), [(1000, False), (2**32 + 1, False), (-1, True)])
-def test_a_target_out_of_range_raises(target, linear):
+@pytest.mark.parametrize(
+    ("target", "operation"),
+    [(1000, "loss"), (2**32 + 1, "loss"), (-1, "linear"), (1000, "embedding"), (-1, "embedding")],
+)
+def test_a_target_or_token_out_of_range_raises(target, operation):
     done = subprocess.run(
-        [sys.executable, "-c", BAD_TARGET.format(target=target, linear=linear)],
+        [sys.executable, "-c", BAD_TARGET.format(target=target, operation=operation)],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode != 0, done.stdout
     assert "accepted" not in done.stdout
-    assert "a target is outside 0..V-1" in done.stderr
+    assert f"a {'token' if operation == 'embedding' else 'target'} is outside 0..V-1" in done.stderr
     assert "device-side assert" in done.stderr
 
 
