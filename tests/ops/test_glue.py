@@ -99,7 +99,7 @@ def test_opcheck():
     gate = gate.detach()
     tensors = tokens, table, gate[None, :-1].requires_grad_(), gate[-1:].clone().requires_grad_(), starts
     torch.library.opcheck(torch.ops.pgolf.embedding_smear_norm.default, (*tensors, "reference"))
-    tensors = [*(t.detach() for t in tensors), torch.randn(2, 6, table.shape[1])]
+    tensors = [*(t.detach() for t in tensors), torch.randn(*tokens.shape, table.shape[1])]
     torch.library.opcheck(torch.ops.pgolf.embedding_smear_norm_backward.default, (*tensors, "reference"))
 
 
