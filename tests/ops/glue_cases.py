@@ -22,6 +22,11 @@ def leaf(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
 
+def scalars(count: int, dtype: torch.dtype, device: str) -> Tensor:
+    """As a model has them: not so near zero that what they multiply vanishes and its norm has no direction."""
+    return (0.6 + 0.1 * torch.randn(count, device=device)).to(dtype).requires_grad_()
+
+
 def rms(x: Tensor) -> Tensor:
     eps = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).eps
     return (x.square().mean(-1, keepdim=True) + eps).sqrt()
@@ -97,13 +102,13 @@ def two_lanes(lanes: int, branches: int, skip: bool, dim: int = 48) -> Case:
 
     def make(dtype, device, tokens):
         tensors = [leaf(tokens, dim, dtype=dtype, device=device) for _ in range(wide)]
-        return *tensors, leaf(6, dtype=dtype, device=device), leaf(2 + 2 * skip, dim, dtype=dtype, device=device)
+        return *tensors, scalars(6, dtype, device), leaf(2 + 2 * skip, dim, dtype=dtype, device=device)
 
     def split(tensors):
-        *rows, scalars, weights = tensors
+        *rows, keep_and_post, weights = tensors
         skips = (rows.pop(), weights[2:]) if skip else (None, None)
-        x0 = rows.pop()
-        return rows[:lanes], rows[lanes:], scalars[:2], scalars[2:].view(2, 2), x0, weights[:2], *skips
+        keep, post, x0 = keep_and_post[:2], keep_and_post[2:].view(2, 2), rows.pop()
+        return rows[:lanes], rows[lanes:], keep, post, x0, weights[:2], *skips
 
     def ours(*tensors):
         return ops.two_lane_rms_norm(*split(tensors), SCALE)
@@ -130,7 +135,7 @@ def embedding(vocabulary: int, dim: int, window: int, rows: int = 2) -> Case:
         starts = torch.rand(rows, length, device=device) < 0.1
         starts[:, 1:2] = False
         table = leaf(vocabulary, dim, dtype=dtype, device=device)
-        return table, chosen, leaf(window + 1, dtype=dtype, device=device), starts
+        return table, chosen, scalars(window + 1, dtype, device), starts
 
     def ours(table, tokens, gate, starts):
         return (ops.embedding_smear_norm(tokens, table, gate[None, :-1], gate[-1:], starts),)
