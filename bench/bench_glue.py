@@ -4,6 +4,8 @@ Each forward alone and with its backward. The inputs are those of the step: one 
 decides FUSED_GLUE is the compiled model's step (bench_training_step.py), not this.
 """
 
+import math
+
 import compiled_traffic as plain
 import pytest
 import torch
@@ -11,10 +13,12 @@ from harness import Work
 from shapes import SHAPES, name
 
 from pgolf import ops
+from pgolf.model.skips import skip_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: plain functions elsewhere")
 DEVICE = "cuda"
 TOKENS, DIM, HEADS, KV_HEADS, HEAD_DIM, HALF = 98_304, 512, 8, 4, 64, 8
+TABLE_SHAPE = (8192, DIM)
 
 
 def residual(branch: bool, streams: int):
@@ -53,9 +57,41 @@ def exclusive(y, v, logits):
     return (ops.xsa_gate(y, v, logits),)
 
 
+def two_lanes(lanes: int):
+    """Inputs as of compiled_traffic.two_lanes and part_lanes, with a skip."""
+    stream, by_channel = (1, TOKENS, DIM), (DIM,)
+    scalars = [(2,), (2, 2)] * (lanes > 1)
+    shapes = [stream] * (2 * lanes) + [*scalars, stream, (2, DIM), stream, by_channel, by_channel]
+
+    def ours(*tensors):
+        rows, (x0, mix, skip, weight, gate) = tensors[: 2 * lanes], tensors[-5:]
+        if lanes == 1:
+            keep, post = rows[0].new_ones(2), rows[0].new_ones(2, 2)
+        else:
+            keep, post = tensors[4:6]
+        skips = skip, torch.stack(skip_weights(weight, gate))
+        return ops.two_lane_rms_norm(rows[:lanes], rows[lanes:], keep, post, x0, mix, *skips, plain.SCALE)
+
+    return shapes, ours
+
+
+def random_tokens():
+    return torch.randint(TABLE_SHAPE[0], (1, TOKENS), device=DEVICE)
+
+
+def random_starts():
+    """Of documents of 1,000 tokens."""
+    return torch.rand(1, TOKENS, device=DEVICE) < 1e-3
+
+
+def embedding(table, tokens, weight, strength, starts):
+    return (ops.embedding_smear_norm(tokens, table, weight, strength, starts),)
+
+
 Q, K, TABLE = (1, TOKENS, HEADS, HEAD_DIM), (1, TOKENS, KV_HEADS, HEAD_DIM), (1, TOKENS, 1, HALF)
 X = TOKENS * DIM
-CASES = {  # operation, shapes, ours, the plain function, elements moved forward and with the backward
+# Operation, shapes or what makes an input, ours, the plain function, elements moved forward and with the backward.
+CASES = {
     "add": ("residual_rms_norm", *residual(True, 0), plain.add, 4 * X, 8 * X),
     "mix": ("residual_rms_norm", *residual(False, 1), plain.mix, 4 * X, 10 * X),
     "add + mix": ("residual_rms_norm", *residual(True, 1), plain.add_mix, 5 * X, 12 * X),
@@ -77,12 +113,25 @@ CASES = {  # operation, shapes, ours, the plain function, elements moved forward
         9 * X + 72 * TOKENS,
     ),
     "with gate": ("xsa_gate", [Q, K, Q[:-1]], exclusive, plain.xsa_gate, 2.5 * X, 6.5 * X),
+    "lanes part + skip": ("two_lane_rms_norm", *two_lanes(1), plain.part_lanes, 8 * X, 20 * X),
+    "two lanes + skip": ("two_lane_rms_norm", *two_lanes(2), plain.two_lanes, 10 * X, 26 * X),
+    "smeared": (
+        "embedding_smear_norm",
+        [TABLE_SHAPE, random_tokens, (1, 12), (1,), random_starts],
+        embedding,
+        plain.embed,
+        X + math.prod(TABLE_SHAPE),
+        4 * X + 3 * math.prod(TABLE_SHAPE),
+    ),
 }
 
 
 def random_inputs(shapes, dtype, backward, function):
     tensors = [
-        torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(backward and shape != TABLE) for shape in shapes
+        shape()
+        if callable(shape)
+        else torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(backward and shape != TABLE)
+        for shape in shapes
     ]
     if not backward:
         return tuple(tensors)
@@ -117,7 +166,7 @@ def test_glue(measure, case, direction, dtype):
     measure(
         operation,
         f"{case}, {direction}",
-        shape="x".join(map(str, shapes[0][1:])),
+        shape="x".join(map(str, shapes[0][1:] if len(shapes[0]) > 2 else (TOKENS, DIM))),
         dtype=name(dtype),
         backend=ops.used()[operation],
         make=make,

@@ -16,11 +16,12 @@ from torch._inductor.scheduler import Scheduler
 
 from pgolf.model import norm, rotate
 from pgolf.model.attention_gate import gate_heads
-from pgolf.model.residual import mix_with_embedding
+from pgolf.model.residual import merge_lanes, mix_with_embedding, route_to_lanes
 from pgolf.model.skips import add_skip
+from pgolf.model.smear_gate import smear
 from pgolf.model.xsa import exclude_self
 
-TOKENS, DIM = 4096, 512
+TOKENS, DIM, VOCABULARY = 4096, 512, 341  # of tokens to a row of the table as in the record
 X = TOKENS * DIM * 2
 SCALE = 0.5  # of a norm
 
@@ -41,6 +42,27 @@ def add_mix(x, branch, x0, weights):
 
 def add_mix_skip(x, branch, x0, weights, skip, skip_weight, skip_gate):
     return mix(add_skip(x + branch, skip, skip_weight, skip_gate), x0, weights)
+
+
+def part_lanes(x, branch, x0, weights, skip, skip_weight, skip_gate):
+    second = x + branch
+    first = add_skip(second, skip, skip_weight, skip_gate)
+    return first, second, norm(mix_with_embedding(first, x0, weights), SCALE), norm(second, SCALE)
+
+
+def two_lanes(first, second, attention, mlp, keep, post, x0, weights, *skip):
+    first, second = route_to_lanes((first, second), attention, mlp, keep, post)
+    if skip:
+        first = add_skip(first, *skip)
+    return first, second, norm(mix_with_embedding(first, x0, weights), SCALE), norm(second, SCALE)
+
+
+def merge(first, second, attention, mlp, keep, post):
+    return (norm(merge_lanes(route_to_lanes((first, second), attention, mlp, keep, post), "mean")),)
+
+
+def embed(table, tokens, weight, strength, starts):
+    return (norm(smear(torch.nn.functional.embedding(tokens, table), weight, strength, starts)),)
 
 
 def scaled(function):
@@ -79,7 +101,14 @@ def cases() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, 
         "add + mix": (add_mix, embedding),
         "add + mix + skip": (add_mix_skip, (*embedding, *skip)),
     }
+    lanes = stream(), stream(), stream(), stream(), leaf(2), leaf(2, 2)
+    tokens, starts = torch.randint(VOCABULARY, (1, TOKENS)), torch.rand(1, TOKENS) < 0.001
     return {
+        "lanes part": (part_lanes, (stream(), stream(), *embedding, *skip)),
+        "two lanes": (two_lanes, (*lanes, *embedding)),
+        "two lanes + skip": (two_lanes, (*lanes, *embedding, *skip)),
+        "lanes merge": (merge, lanes),
+        "embedding": (embed, (leaf(VOCABULARY, DIM), tokens, leaf(1, 12), leaf(1), starts)),
         "mix": (mix, (stream(), *embedding)),
         **{name: (function, (stream(), stream(), *others)) for name, (function, others) in residual.items()},
         **{

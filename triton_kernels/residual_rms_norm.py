@@ -1,12 +1,12 @@
 """Residual add, mix with other streams, RMSNorm and scale, in one pass over rows; and its backward pass in another.
 
-    u = x + branch,   m = w_0 u + w_1 z_1 + w_2 z_2,   y = scale · m · r,   r = 1 / sqrt(mean(m²) + eps)
+    u = x + branch,   m = w_0 u + Σ_i w_i z_i,   y = scale · m · r,   r = 1 / sqrt(mean(m²) + eps)
     d = grad_m + scale · r · grad_y - m · r³ · scale · mean(m · grad_y)
     dx = dbranch = w_0 d + grad_u,   dz_i = w_i d,   dw_0 = Σ d u,   dw_i = Σ d z_i   (sums over rows)
 
 The backward pass computes m and r again from what it reads anyway. A program goes over many blocks of rows and keeps
 its part of the sums in registers; they leave once a program, float32, and one small sum adds them in a fixed order.
-`branch`, the streams z_i (0 to 2; with none m = u and there are no weights) and the kept sum u are compile-time flags.
+`branch`, the streams z_i (0 to 3; with none m = u and there are no weights) and the kept sum u are compile-time flags.
 
 Floor for T rows of D values, X = T·D·sizeof(x): forward a read of x, branch and each z and a write of m, y and, where
 it is kept, u; backward a read of the same inputs and the gradients, and a write of one gradient for x and branch and
@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf.triton_kernels.memory import load_wide, store_narrow
+from pgolf.triton_kernels.rms_norm import inverse_rms, norm_gradient
 from pgolf.triton_kernels.variants import Variant, architecture, programs, signature
 
-MOST_COLUMNS = 4096
+MOST_COLUMNS, MOST_STREAMS = 4096, 3
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,20 @@ class Launch:
     tile: int  # values of a block of rows
     num_warps: int
     programs_per_sm: int  # as many as are resident, forward and
-    backward_programs_per_sm: int
+    backward_programs_per_sm: tuple[int, ...]  # by number of streams
 
 
-LAUNCHES = {90: Launch(tile=1024, num_warps=4, programs_per_sm=8, backward_programs_per_sm=4)}
-SAFE_LAUNCH = Launch(tile=1024, num_warps=4, programs_per_sm=4, backward_programs_per_sm=4)
+LAUNCHES = {90: Launch(tile=1024, num_warps=4, programs_per_sm=8, backward_programs_per_sm=(8, 5, 4, 3))}
+SAFE_LAUNCH = Launch(tile=1024, num_warps=4, programs_per_sm=4, backward_programs_per_sm=(4, 4, 4, 3))
 
 
 @triton.jit
 def residual_rms_norm_kernel(
-    x_ptr,  # floating [rows, columns], as branch, first and second
+    x_ptr,  # floating [rows, columns], as branch, first, second and third
     branch_ptr,
     first_ptr,
     second_ptr,
+    third_ptr,
     weights_ptr,  # floating [1 + STREAMS, columns]
     sum_ptr,  # as x, written with KEEP_SUM
     mixed_ptr,  # as x, written where it differs from x
@@ -64,6 +66,8 @@ def residual_rms_norm_kernel(
         w1 = load_wide(weights_ptr + columns, column, column < columns)
     if STREAMS > 1:
         w2 = load_wide(weights_ptr + 2 * columns, column, column < columns)
+    if STREAMS > 2:
+        w3 = load_wide(weights_ptr + 3 * columns, column, column < columns)
     for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at = row.to(tl.int64) * columns + column
@@ -77,10 +81,11 @@ def residual_rms_norm_kernel(
             m = w0 * m + w1 * load_wide(first_ptr, at, inside)
         if STREAMS > 1:
             m += w2 * load_wide(second_ptr, at, inside)
+        if STREAMS > 2:
+            m += w3 * load_wide(third_ptr, at, inside)
         if BRANCH or STREAMS > 0:
             store_narrow(mixed_ptr, at, m, inside)
-        inverse = 1.0 / tl.sqrt_rn(tl.sum(m * m, 1) / columns + eps)
-        store_narrow(normed_ptr, at, m * (scale * inverse)[:, None], inside)
+        store_narrow(normed_ptr, at, m * (scale * inverse_rms(m, columns, eps)), inside)
 
 
 @triton.jit
@@ -89,6 +94,7 @@ def residual_rms_norm_backward_kernel(
     branch_ptr,
     first_ptr,
     second_ptr,
+    third_ptr,
     weights_ptr,  # floating [1 + STREAMS, columns]
     grad_sum_ptr,  # read with GRAD_SUM
     grad_mixed_ptr,  # read with GRAD_MIXED
@@ -96,6 +102,7 @@ def residual_rms_norm_backward_kernel(
     dx_ptr,
     dfirst_ptr,
     dsecond_ptr,
+    dthird_ptr,
     partial_ptr,  # float32 [programs, 1 + STREAMS, columns]: a program's part of the weights' gradients
     rows,
     columns,
@@ -117,6 +124,9 @@ def residual_rms_norm_backward_kernel(
     if STREAMS > 1:
         w2 = load_wide(weights_ptr + 2 * columns, column, column < columns)
         dw2 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if STREAMS > 2:
+        w3 = load_wide(weights_ptr + 3 * columns, column, column < columns)
+        dw3 = tl.zeros((ROWS, COLUMNS), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at = row.to(tl.int64) * columns + column
@@ -131,10 +141,10 @@ def residual_rms_norm_backward_kernel(
         if STREAMS > 1:
             second = load_wide(second_ptr, at, inside)
             m += w2 * second
-        g = load_wide(grad_normed_ptr, at, inside)
-        inverse = 1.0 / tl.sqrt_rn(tl.sum(m * m, 1) / columns + eps)
-        along = tl.sum(m * g, 1) / columns * inverse * inverse
-        d = (g - m * along[:, None]) * (scale * inverse)[:, None]
+        if STREAMS > 2:
+            third = load_wide(third_ptr, at, inside)
+            m += w3 * third
+        d = norm_gradient(m, load_wide(grad_normed_ptr, at, inside), columns, eps, scale)
         if GRAD_MIXED:
             d += load_wide(grad_mixed_ptr, at, inside)
         if STREAMS > 0:
@@ -144,6 +154,9 @@ def residual_rms_norm_backward_kernel(
         if STREAMS > 1:
             store_narrow(dsecond_ptr, at, w2 * d, inside)
             dw2 += d * second
+        if STREAMS > 2:
+            store_narrow(dthird_ptr, at, w3 * d, inside)
+            dw3 += d * third
         if STREAMS > 0:
             d = w0 * d
         if GRAD_SUM:
@@ -156,6 +169,8 @@ def residual_rms_norm_backward_kernel(
         tl.store(partial_ptr + columns + column, tl.sum(dw1, 0), mask=column < columns)
         if STREAMS > 1:
             tl.store(partial_ptr + 2 * columns + column, tl.sum(dw2, 0), mask=column < columns)
+        if STREAMS > 2:
+            tl.store(partial_ptr + 3 * columns + column, tl.sum(dw3, 0), mask=column < columns)
 
 
 def accepts(dtype: torch.dtype, columns: int) -> bool:
@@ -177,7 +192,7 @@ def launch(
     mixed = torch.empty_like(x) if branch is not None or streams else None
     normed = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        residual_rms_norm_kernel[_grid(x, backward=False)](
+        residual_rms_norm_kernel[_grid(x, _config(x).programs_per_sm)](
             *_inputs(x, branch, streams, weights),
             *(x if out is None else out for out in (kept, mixed)),
             normed,
@@ -204,7 +219,7 @@ def launch_backward(
     """(dx and dbranch, the streams' gradients, the weights' gradient in float32)."""
     dx = torch.empty_like(x)
     gradients = [torch.empty_like(stream) for stream in streams]
-    grid = _grid(x, backward=True)
+    grid = _grid(x, _config(x).backward_programs_per_sm[len(streams)])
     partial = x.new_empty((*grid, 1 + len(streams), x.shape[1]), dtype=torch.float32) if streams else None
     with torch.cuda.device_of(x):
         residual_rms_norm_backward_kernel[grid](
@@ -229,18 +244,16 @@ def _inputs(x: Tensor, branch: Tensor | None, streams: list[Tensor], weights: Te
 
 
 def _padded(tensors: list[Tensor], filler: Tensor) -> list[Tensor]:
-    """Two tensors; those that the flags leave out are never read."""
-    return [*tensors, filler, filler][:2]
+    """MOST_STREAMS tensors; those that the flags leave out are never touched."""
+    return [*tensors, *[filler] * (MOST_STREAMS - len(tensors))]
 
 
 def _config(x: Tensor) -> Launch:
     return LAUNCHES.get(architecture(x.device), SAFE_LAUNCH)
 
 
-def _grid(x: Tensor, backward: bool) -> tuple[int]:
-    config = _config(x)
-    blocks = triton.cdiv(x.shape[0], _rows(x.shape[1], config))
-    return (programs(x.device, blocks, config.backward_programs_per_sm if backward else config.programs_per_sm),)
+def _grid(x: Tensor, per_sm: int) -> tuple[int]:
+    return (programs(x.device, triton.cdiv(x.shape[0], _rows(x.shape[1], _config(x))), per_sm),)
 
 
 def _rows(columns: int, config: Launch) -> int:
@@ -260,19 +273,20 @@ def _flags(branch: bool, streams: int, columns: int, config: Launch) -> dict[str
 def _variant(branch: bool, streams: int, kept: bool, backward: bool, rows: int = 98304, columns: int = 512) -> Variant:
     config = LAUNCHES[90]
     kernel = residual_rms_norm_backward_kernel if backward else residual_rms_norm_kernel
+    last = streams == MOST_STREAMS  # the norm after two lanes: nothing else reads m
     two = branch and not (backward and (kept or not streams))  # a sum that was stored is read in place of its parts
     constexprs = _flags(two, streams, columns, config) | (
-        {"GRAD_SUM": kept, "GRAD_MIXED": True} if backward else {"KEEP_SUM": kept}
+        {"GRAD_SUM": kept, "GRAD_MIXED": not last} if backward else {"KEEP_SUM": kept}
     )
     num_warps = int(constexprs.pop("num_warps"))
     names = kernel.arg_names
-    per_sm = config.backward_programs_per_sm if backward else config.programs_per_sm
+    per_sm = config.backward_programs_per_sm[streams] if backward else config.programs_per_sm
     grid = min(triton.cdiv(rows, _rows(columns, config)), 132 * per_sm)
     # Forward: the inputs in; m, y and u out. Backward: the inputs and the outputs' gradients in; gradients out.
-    moved = 1 + two + streams + 2 + kept + ((1 + streams) if backward else 0)
+    moved = 1 + two + streams + 2 + kept + ((1 + streams - last) if backward else 0)
     weights = (1 + streams) * columns * 2 if streams else 0
     sums = grid * (1 + streams) * columns * 4 * 2 if backward and streams else 0  # written, and read by the sum
-    parts = ["add"] * branch + ["mix"] * (streams > 0) + ["skip"] * (streams > 1) + ["keep sum"] * kept
+    parts = ["add"] * branch + [[], ["mix"], ["mix", "skip"], ["merge"]][streams] + ["keep sum"] * kept
     return Variant(
         name=f"residual_rms_norm {' + '.join(parts)} {'backward' if backward else 'forward'} bf16 {rows}x{columns}",
         kernel=kernel,
@@ -287,5 +301,5 @@ def _variant(branch: bool, streams: int, kept: bool, backward: bool, rows: int =
     )
 
 
-FORMS = [(False, 1, False), (True, 0, False), (True, 1, False), (True, 1, True), (True, 2, False)]
+FORMS = [(False, 1, False), (True, 0, False), (True, 1, False), (True, 1, True), (True, 2, False), (False, 3, False)]
 VARIANTS = [_variant(*form, backward) for form in FORMS for backward in (False, True)]

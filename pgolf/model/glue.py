@@ -10,7 +10,9 @@ product at 0 ms (#1615) and 3 to 17% slower (#670), with copies behind it; witho
 
 import torch
 
-OPERATIONS = frozenset({"residual_rms_norm", "qk_norm_rope", "qkv_norm_rope", "xsa_gate"})
+OPERATIONS = frozenset(  # qkv_norm_rope takes the place of qk_norm_rope
+    ["embedding_smear_norm", "residual_rms_norm", "two_lane_rms_norm", "qk_norm_rope", "qkv_norm_rope", "xsa_gate"]
+)
 WINS: dict[tuple[int, int], frozenset[str]] = {}  # compute capability -> operations
 
 

@@ -15,11 +15,10 @@ from pgolf.model.config import ModelConfig
 from pgolf.model.documents import Documents, packed_documents, rows_as_documents
 from pgolf.model.initialise import initialise
 from pgolf.model.norm import norm
-from pgolf.model.residual import merge_lanes, mix_with_embedding, route_to_lanes
 from pgolf.model.rotary import rotary_tables, rotate, score_scale
 from pgolf.model.smear_gate import smear
 from pgolf.model.softcap import asymmetric_softcap, softcap
-from pgolf.model.stream import FusedStream, Stream
+from pgolf.model.stream import FusedLanes, FusedStream, Lanes, Stream
 from pgolf.model.value_embedding import value_embedding
 from pgolf.model.xsa import exclude_self
 
@@ -125,17 +124,20 @@ class Model(nn.Module):
 
     def _embed(self, tokens: Tensor, embedding: Tensor, documents: Documents) -> Tensor:
         """The first layer's input, (rows, length, dim)."""
-        config = self.config
+        config, starts = self.config, documents.starts
+        if config.smear_gate_enabled:
+            gate = self._cast("smear_gate"), self._cast("smear_lambda")
+            if config.smear_gate_bos_fix:
+                starts = starts | (tokens == config.bos_id)
+            if "embedding_smear_norm" in self.fused and not config.bigram_vocab_size:
+                return ops.embedding_smear_norm(tokens, embedding, *gate, starts)
         x = F.embedding(tokens, embedding)
         if config.bigram_vocab_size:
             buckets = bigram_buckets(tokens, documents.starts, config.bigram_vocab_size)
             names = ("bigram_embedding", "bigram_projection", "bigram_scale")
             x = x + bigram_embedding(buckets, *map(self._cast, names))
         if config.smear_gate_enabled:
-            starts = documents.starts
-            if config.smear_gate_bos_fix:
-                starts = starts | (tokens == config.bos_id)
-            x = smear(x, self._cast("smear_gate"), self._cast("smear_lambda"), starts)
+            x = smear(x, *gate, starts)
         return norm(x)
 
     def _batch(self, tokens: Tensor, documents: Documents) -> Batch:
@@ -165,25 +167,22 @@ class Model(nn.Module):
         weights, gates = self._rows("skip_weights", config.num_skips), self._rows("skip_gates", config.num_skips)
         x0 = x
         stream = (FusedStream if "residual_rms_norm" in self.fused else Stream)(x)
-        lane: Tensor | None = None  # the second one, that the MLPs read
+        lanes: Lanes | None = None
         for visit in self.visits[self.looping]:
             layer = layers[visit.layer]
-            if lane is None and config.two_lanes(visit):
-                lane = stream.value()
+            if lanes is None and config.two_lanes(visit):
+                lanes = (FusedLanes if "two_lane_rms_norm" in self.fused else Lanes)(stream)
             if visit.skip is not None:
-                stream.skip(weights[visit.skip], gates[visit.skip])
-            if lane is not None:
-                x, lane = self._two_lane_layer(layer, stream.value(), lane, x0, batch, observe)
-                stream.replace(x)
+                (lanes or stream).skip(weights[visit.skip], gates[visit.skip])
+            if lanes is not None:
+                self._two_lane_layer(layer, lanes, x0, batch, observe)
             elif config.parallel(visit.layer):
                 self._parallel_layer(layer, stream, x0, batch, observe)
             else:
                 self._layer(layer, stream, x0, batch, observe)
             if visit.stores:
                 stream.store()
-        if lane is not None:
-            stream.replace(merge_lanes((stream.value(), lane), config.parallel_final_lane))
-        return stream.norm()
+        return stream.norm() if lanes is None else lanes.merged_norm(config.parallel_final_lane)
 
     def _layer(self, layer: Layer, stream: Stream, x0: Tensor, batch: Batch, observe: Observer | None) -> None:
         scale = self.config.norm_scale(layer.number)
@@ -198,14 +197,10 @@ class Model(nn.Module):
         stream.add(self._attend(layer, h, batch, observe))
         stream.add(self._mlp(layer, h, observe))
 
-    def _two_lane_layer(
-        self, layer: Layer, x: Tensor, lane: Tensor, x0: Tensor, batch: Batch, observe: Observer | None
-    ) -> tuple[Tensor, Tensor]:
-        scale = self.config.norm_scale(layer.number)
-        h = norm(mix_with_embedding(x, x0, layer.mix), scale)
+    def _two_lane_layer(self, layer: Layer, lanes: Lanes, x0: Tensor, batch: Batch, observe: Observer | None) -> None:
+        h, of_second = lanes.norms(x0, layer.mix, self.config.norm_scale(layer.number))
         attended = self._attend(layer, h, batch, observe)
-        mlp = self._mlp(layer, norm(lane, scale), observe)
-        return route_to_lanes((x, lane), attended, mlp, layer.keep, layer.post)
+        lanes.route(attended, self._mlp(layer, of_second, observe), layer.keep, layer.post)
 
     def _attend(self, layer: Layer, h: Tensor, batch: Batch, observe: Observer | None) -> Tensor:
         """Attention of the normalised input h (rows, length, dim), with its output projection."""

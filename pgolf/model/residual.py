@@ -26,3 +26,6 @@ def route_to_lanes(
 def merge_lanes(lanes: tuple[Tensor, Tensor], final_lane: str) -> Tensor:
     """What the final norm reads: the lanes' mean, or the lane of `attn` or `mlp`."""
     return 0.5 * (lanes[0] + lanes[1]) if final_lane == "mean" else lanes[("attn", "mlp").index(final_lane)]
+
+
+SHARES = {"mean": (0.5, 0.5), "attn": (1.0, 0.0), "mlp": (0.0, 1.0)}  # of either lane in that

@@ -12,3 +12,11 @@ def add_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Te
     if gate is None:
         return x + weight * skip
     return torch.lerp(weight * skip, x, torch.sigmoid(gate))
+
+
+def skip_weights(weight: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `add_skip` multiplies x and the skip with, (dim,) each."""
+    if gate is None:
+        return torch.ones_like(weight), weight
+    kept = torch.sigmoid(gate)
+    return kept, (1 - kept) * weight

@@ -5,6 +5,7 @@
 
 from pgolf.ops.accumulate_hessian import accumulate_hessian
 from pgolf.ops.backends import BACKENDS, Availability, BackendUnavailable, available, backend, fallbacks, used
+from pgolf.ops.embedding_smear_norm import embedding_smear_norm
 from pgolf.ops.gptq import gptq
 from pgolf.ops.gptq_refine import gptq_refine
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
@@ -17,6 +18,7 @@ from pgolf.ops.residual_rms_norm import residual_rms_norm, residual_sum_rms_norm
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from pgolf.ops.trellis_dequantize import trellis_dequantize
 from pgolf.ops.trellis_quantize import Trellis, trellis_quantize
+from pgolf.ops.two_lane_rms_norm import two_lane_rms_norm
 from pgolf.ops.unpack_dequantize import unpack_dequantize
 from pgolf.ops.xsa_gate import xsa_gate
 
@@ -28,6 +30,7 @@ __all__ = [
     "accumulate_hessian",
     "available",
     "backend",
+    "embedding_smear_norm",
     "fallbacks",
     "gptq",
     "gptq_refine",
@@ -42,6 +45,7 @@ __all__ = [
     "softcapped_cross_entropy",
     "trellis_dequantize",
     "trellis_quantize",
+    "two_lane_rms_norm",
     "unpack_bits",
     "unpack_dequantize",
     "used",

@@ -1,11 +1,12 @@
 """What a layer does to the residual stream before it reads it: add, mix with other streams, RMSNorm and scale.
 
     u = x + branch                                  the residual add
-    m = w_0 ⊙ u + Σ_i w_i ⊙ z_i                     i = 1, 2; w (1 + streams, D), one weight a channel
+    m = w_0 ⊙ u + Σ_i w_i ⊙ z_i                     i = 1, 2, 3; w (1 + streams, D), one weight a channel
     y = scale · m / sqrt(mean(m²) + eps)            over D; eps is that of float32, for float64 its own
 
 Without streams m = u and there are no weights. One stream: the mix with the embedding of every record; two: that and a
-U-Net skip, whose gate and weight are products of weights a channel (pgolf/model/stream.py).
+U-Net skip, whose gate and weight are products of weights a channel; three: two lanes and their branches before the
+final norm (pgolf/model/stream.py).
 
 Shapes and dtypes: x, branch, streams (..., D) of one floating dtype; w of that dtype or float32. Results like x.
 Computed in float32 (float64 for float64) and rounded once. Differentiable in all tensors, once.
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from pgolf.ops import backends, checks
 
-MOST_STREAMS = 2
+MOST_STREAMS = 3
 
 backends.register("residual_rms_norm", triton=("cuda",))
 
@@ -44,7 +45,7 @@ def residual_rms_norm(
     Args:
         x: (..., D) residual stream, floating.
         branch: (..., D) what is added to it, or None.
-        streams: at most 2 of (..., D), mixed in.
+        streams: at most 3 of (..., D), mixed in.
         weights: (1 + streams, D) of x + branch and of each stream; None without streams.
         scale: factor of y.
     """
@@ -62,9 +63,9 @@ def residual_sum_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`residual_rms_norm` that also gives u = x + branch: (u, m, y). Without `keep_sum` u is m."""
     _check(x, branch, streams, weights, scale)
-    first, second = [*streams, None, None][:2]
+    padded = [*streams, *[None] * (MOST_STREAMS - len(streams))]
     shape = (math.prod(x.shape[:-1]), x.shape[-1])
-    flat = [None if value is None else value.reshape(shape) for value in (x, branch, first, second)]
+    flat = [None if value is None else value.reshape(shape) for value in (x, branch, *padded)]
     backend = "reference" if x.dtype == torch.float64 else backends.choose("residual_rms_norm", x.device.type)
     keep_sum = keep_sum and bool(streams) and branch is not None
     total, mixed, normed = _forward(*flat, weights, float(scale), keep_sum, backend)
@@ -96,21 +97,33 @@ def epsilon(dtype: torch.dtype) -> float:
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
+def inverse_rms(m: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / sqrt(mean(m²) + eps) over the last dimension, with the epsilon of `dtype`."""
+    return (m.square().mean(-1, keepdim=True) + epsilon(dtype)).rsqrt()
+
+
+def norm_gradient(m: Tensor, g: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """The gradient of m where g is that of scale · m · inverse_rms(m)."""
+    inverse = inverse_rms(m, dtype)
+    return (g - m * ((m * g).mean(-1, keepdim=True) * inverse * inverse)) * (scale * inverse)
+
+
 # Two operations, so that the compiler plans around them. Results that were not asked for have no elements.
 
 
 @torch.library.custom_op("pgolf::residual_rms_norm", mutates_args=())
 def _forward(
-    x: Tensor,  # (T, D), as branch, first and second
+    x: Tensor,  # (T, D), as branch, first, second and third
     branch: Tensor | None,
     first: Tensor | None,
     second: Tensor | None,
+    third: Tensor | None,
     weights: Tensor | None,  # (1 + streams, D)
     scale: float,
     keep_sum: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # u, m, y
-    streams = _given(first, second)
+    streams = _given(first, second, third)
     _check(x, branch, streams, weights, scale)  # again: this operation can be called without the public function
     if keep_sum and (branch is None or not streams):
         raise ValueError("keep_sum: accepted with a branch and streams only; else the sum is the input or m")
@@ -123,7 +136,7 @@ def _forward(
         )
         return x.new_empty(0) if kept is None else kept, x.new_empty(0) if mixed is None else mixed, normed
     total, mixed = _combine(x, branch, streams, weights)
-    normed = mixed * (scale * _inverse_norm(mixed, x.dtype))
+    normed = mixed * (scale * inverse_rms(mixed, x.dtype))
     return (
         total.to(x.dtype) if keep_sum else x.new_empty(0),
         mixed.to(x.dtype) if branch is not None or streams else x.new_empty(0),
@@ -132,7 +145,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, branch, first, second, weights, scale, keep_sum, backend):
+def _(x, branch, first, second, third, weights, scale, keep_sum, backend):
     changed = branch is not None or first is not None
     return x.new_empty(x.shape if keep_sum else 0), x.new_empty(x.shape if changed else 0), x.new_empty(x.shape)
 
@@ -143,14 +156,15 @@ def _gradients(
     branch: Tensor | None,
     first: Tensor | None,
     second: Tensor | None,
+    third: Tensor | None,
     weights: Tensor | None,
     grad_sum: Tensor | None,
     grad_mixed: Tensor | None,
     grad_normed: Tensor,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx, dfirst, dsecond, dweights
-    streams = _given(first, second)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dx, dfirst, dsecond, dthird, dweights
+    streams = _given(first, second, third)
     if _uses_kernel(x, backend):
         from pgolf.triton_kernels.residual_rms_norm import launch_backward
 
@@ -168,17 +182,14 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(x, branch, first, second, weights, grad_sum, grad_mixed, grad_normed, scale, backend):
-    sizes = [0 if value is None else value.shape for value in (first, second, weights)]
-    dtype = x.dtype if weights is None else weights.dtype
-    return x.new_empty(x.shape), x.new_empty(sizes[0]), x.new_empty(sizes[1]), x.new_empty(sizes[2], dtype=dtype)
+def _(x, branch, first, second, third, weights, grad_sum, grad_mixed, grad_normed, scale, backend):
+    dstreams = (x.new_empty(0 if value is None else value.shape) for value in (first, second, third))
+    return x.new_empty(x.shape), *dstreams, x.new_empty(0) if weights is None else weights.new_empty(weights.shape)
 
 
 def _gradients_in_pytorch(x, branch, streams, weights, grad_sum, grad_mixed, grad_normed, scale):
     total, mixed = _combine(x, branch, streams, weights)
-    inverse = _inverse_norm(mixed, x.dtype)
-    g = grad_normed.to(mixed.dtype)
-    d = (g - mixed * ((mixed * g).mean(-1, keepdim=True) * inverse * inverse)) * (scale * inverse)
+    d = norm_gradient(mixed, grad_normed.to(mixed.dtype), x.dtype, scale)
     if grad_mixed is not None:
         d = d + grad_mixed
     dx, gradients, dweights = d, [], None
@@ -191,7 +202,7 @@ def _gradients_in_pytorch(x, branch, streams, weights, grad_sum, grad_mixed, gra
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, branch, first, second, weights, ctx.scale, keep_sum, ctx.backend = inputs
+    x, branch, first, second, third, weights, ctx.scale, keep_sum, ctx.backend = inputs
     total, mixed, _ = output
     ctx.has_branch = branch is not None
     ctx.mark_non_differentiable(*(out for out in (total, mixed) if out.shape != x.shape))
@@ -200,21 +211,20 @@ def _setup_context(ctx, inputs, output) -> None:
         x, branch = mixed, None
     elif keep_sum:
         x, branch = total, None
-    ctx.save_for_backward(x, branch, first, second, weights)
+    ctx.save_for_backward(x, branch, first, second, third, weights)
 
 
 def _backward(ctx, grad_sum: Tensor | None, grad_mixed: Tensor | None, grad_normed: Tensor | None):
-    x, branch, first, second, weights = ctx.saved_tensors
+    x, branch, *streams, weights = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = torch.zeros_like(x)
-    dx, dfirst, dsecond, dweights = _gradients(
-        x, branch, first, second, weights, grad_sum, grad_mixed, grad_normed, ctx.scale, ctx.backend
+    dx, *dstreams, dweights = _gradients(
+        x, branch, *streams, weights, grad_sum, grad_mixed, grad_normed, ctx.scale, ctx.backend
     )
     return (
         dx,
         dx if ctx.has_branch else None,
-        None if first is None else dfirst,
-        None if second is None else dsecond,
+        *(None if stream is None else d for stream, d in zip(streams, dstreams, strict=True)),
         None if weights is None else dweights,
         None,
         None,
@@ -237,10 +247,6 @@ def _combine(x, branch, streams, weights) -> tuple[Tensor, Tensor]:
     return total, mixed
 
 
-def _inverse_norm(mixed: Tensor, dtype: torch.dtype) -> Tensor:
-    return (mixed.square().mean(-1, keepdim=True) + epsilon(dtype)).rsqrt()
-
-
 def _uses_kernel(x: Tensor, backend: str) -> bool:
     if backend != "triton" or x.numel() == 0:
         return False
@@ -249,8 +255,8 @@ def _uses_kernel(x: Tensor, backend: str) -> bool:
     return accepts(x.dtype, x.shape[1])
 
 
-def _given(first: Tensor | None, second: Tensor | None) -> list[Tensor]:
-    return [stream for stream in (first, second) if stream is not None]
+def _given(*streams: Tensor | None) -> list[Tensor]:
+    return [stream for stream in streams if stream is not None]
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

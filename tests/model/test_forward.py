@@ -26,7 +26,10 @@ def test_is_what_the_formulas_say(technique, random_model):
         torch.testing.assert_close(model(tokens[None])[0], plain_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
-FUSED = ("baseline", "multi_query", "output_gate", "query_gate", "value_embedding", "parallel", "yarn", "skip_gates")
+FUSED = (
+    *("baseline", "multi_query", "output_gate", "query_gate", "value_embedding", "parallel", "yarn", "skip_gates"),
+    *("two_lanes", "smear_gate", "bigram_hash"),
+)
 
 
 @pytest.mark.parametrize("technique", [*FUSED, "record"])
@@ -48,6 +51,25 @@ def test_fused_operations_change_nothing(technique, random_model):
     model.fused = OPERATIONS
     if technique == "record":
         torch.compile(model.loss, fullgraph=True, backend="eager")(tokens, targets)
+
+
+@pytest.mark.parametrize("operation", sorted(OPERATIONS))
+def test_each_may_be_fused_alone(operation, random_model):
+    model = random_model(**TECHNIQUES["record"])
+    tokens = torch.randint(64, (1, 9))
+    plain = model(tokens)
+    model.fused = frozenset({operation})
+    torch.testing.assert_close(model(tokens), plain)
+
+
+@pytest.mark.parametrize("lane", ["attn", "mlp"])
+def test_lanes_that_part_at_once_and_merge_into_one_fused(lane, random_model):
+    """With four layers the first of the second half takes back at once what was stored last."""
+    model = random_model(num_layers=4, parallel_start_layer=2, parallel_final_lane=lane)
+    tokens = torch.randint(64, (1, 9))
+    plain = model(tokens)
+    model.fused = OPERATIONS
+    torch.testing.assert_close(model(tokens), plain)
 
 
 def test_the_choice_of_fused_operations(monkeypatch):

@@ -22,6 +22,11 @@ def leaf(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
 
+def scalars(count: int, dtype: torch.dtype, device: str) -> Tensor:
+    """As a model has them: not so near zero that what they multiply vanishes and its norm has no direction."""
+    return (0.6 + 0.1 * torch.randn(count, device=device)).to(dtype).requires_grad_()
+
+
 def rms(x: Tensor) -> Tensor:
     eps = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).eps
     return (x.square().mean(-1, keepdim=True) + eps).sqrt()
@@ -124,19 +129,78 @@ def exclusive(gate: bool, heads: int, kv_heads: int, head_dim: int) -> Case:
     return Case("xsa_gate", make, ours, formula)
 
 
-BY_ROW = ("qk_norm_rope", "qkv_norm_rope")  # their tokens are those of one of two rows
+def two_lanes(lanes: int, branches: int, skip: bool, dim: int = 48) -> Case:
+    """`keep` and `post` are one tensor here, as the gate below."""
+    wide = lanes + branches + 1 + skip
+
+    def make(dtype, device, tokens):
+        tensors = [leaf(tokens, dim, dtype=dtype, device=device) for _ in range(wide)]
+        return *tensors, scalars(6, dtype, device), leaf(2 + 2 * skip, dim, dtype=dtype, device=device)
+
+    def split(tensors):
+        *rows, keep_and_post, weights = tensors
+        skips = (rows.pop(), weights[2:]) if skip else (None, None)
+        keep, post, x0 = keep_and_post[:2], keep_and_post[2:].view(2, 2), rows.pop()
+        return rows[:lanes], rows[lanes:], keep, post, x0, weights[:2], *skips
+
+    def ours(*tensors):
+        return ops.two_lane_rms_norm(*split(tensors), SCALE)
+
+    def formula(*tensors):
+        rows, added, keep, post, x0, mix, stored, weights = split(tensors)
+        a, b = keep[0] * rows[0], keep[1] * rows[-1]
+        for j, branch in enumerate(added):
+            a, b = a + post[j, 0] * branch, b + post[j, 1] * branch
+        if skip:
+            a = weights[0] * a + weights[1] * stored
+        m = mix[0] * a + mix[1] * x0
+        return a, b, SCALE * m / rms(m), SCALE * b / rms(b)
+
+    return Case("two_lane_rms_norm", make, ours, formula)
+
+
+def embedding(vocabulary: int, dim: int, window: int, rows: int = 2) -> Case:
+    """The gate's weight and strength are one tensor: the error of one sum says nothing where it is near zero."""
+
+    def make(dtype, device, tokens):
+        length = tokens + (tokens > 0)  # the first has none before it, and the second, here, always one
+        chosen = torch.randint(vocabulary, (rows, length), device=device)
+        starts = torch.rand(rows, length, device=device) < 0.1
+        starts[:, 1:2] = False
+        table = leaf(vocabulary, dim, dtype=dtype, device=device)
+        return table, chosen, scalars(window + 1, dtype, device), starts
+
+    def ours(table, tokens, gate, starts):
+        return (ops.embedding_smear_norm(tokens, table, gate[None, :-1], gate[-1:], starts),)
+
+    def formula(table, tokens, gate, starts):
+        e = table[tokens]
+        before = torch.cat((torch.zeros_like(e[:, :1]), e[:, :-1]), 1) * ~starts.unsqueeze(-1)
+        s = e + gate[-1] * torch.sigmoid((e[..., :window] * gate[:-1]).sum(-1, keepdim=True)) * before
+        return (s / rms(s),)
+
+    return Case("embedding_smear_norm", make, ours, formula)
+
+
+BY_ROW = ("qk_norm_rope", "qkv_norm_rope", "embedding_smear_norm")  # their tokens are those of one of two rows
 CASES = {
     "add": residual(True, 0),
     "mix": residual(False, 1),
     "add + mix": residual(True, 1),
     "add + mix + skip": residual(True, 2),
     "add + mix, sum kept": residual(True, 1, keep_sum=True),
+    "three streams": residual(False, 3),
     "part of a head": queries_and_keys(3, 1, 20, 4),
     "the whole head": queries_and_keys(4, 2, 16, 8),
     "of one product": joined(4, 2, 16, 8),
     "of one product, with gate": joined(3, 1, 20, 4, readers=2, extra=3, unused=2),
     "xsa": exclusive(False, 4, 2, 24),
     "xsa + gate": exclusive(True, 6, 2, 24),
+    "lanes part": two_lanes(1, 1, skip=True),
+    "lanes part, nothing to add": two_lanes(1, 0, skip=False),
+    "two lanes": two_lanes(2, 2, skip=False),
+    "two lanes + skip": two_lanes(2, 2, skip=True),
+    "embedding": embedding(31, 40, 12),
 }
 RECORD = {  # at the record's widths, for a GPU
     "add": residual(True, 0, dim=512),
@@ -144,9 +208,14 @@ RECORD = {  # at the record's widths, for a GPU
     "add + mix": residual(True, 1, dim=512),
     "add + mix + skip": residual(True, 2, dim=512),
     "add + mix, sum kept": residual(True, 1, keep_sum=True, dim=512),
+    "three streams": residual(False, 3, dim=512),
     "qk": queries_and_keys(8, 4, 64, 8),
     "qkv": joined(8, 4, 64, 8, readers=2, extra=8, unused=56),
     "xsa + gate": exclusive(True, 8, 4, 64),
+    "lanes part": two_lanes(1, 1, skip=True, dim=512),
+    "two lanes": two_lanes(2, 2, skip=False, dim=512),
+    "two lanes + skip": two_lanes(2, 2, skip=True, dim=512),
+    "embedding": embedding(8192, 512, 12, rows=1),
 }
 
 
@@ -156,7 +225,7 @@ def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def exactly(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same numbers in float64."""
-    return tuple(t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors)
 
 
 def run(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], upstream: list[Tensor]):

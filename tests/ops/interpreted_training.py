@@ -22,6 +22,7 @@ RECORD_LIKE = SMALL | {
     "LN_SCALE": "1",
     "UNET_SKIPS": "1",
     "SKIP_GATES_ENABLED": "1",
+    "PARALLEL_START_LAYER": "2",
 }
 
 
@@ -70,11 +71,42 @@ def interpreted(monkeypatch):
     return asked
 
 
+def random_model(changes: dict[str, str]) -> Model:
+    config = dataclasses.replace(ModelConfig.of(load_settings(RECORD_LIKE | changes)), vocab_size=CLASSES)
+    model = Model(config).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def loss_and_gradients(model: Model, *batch) -> list[torch.Tensor]:
+    loss = model.loss(*batch)
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True)]
+
+
+def assert_alike(found: list[torch.Tensor], plain: list[torch.Tensor]) -> None:
+    for mine, expected in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_gradients_with_the_fused_glue_in_packed_documents(interpreted):
+    """Two lanes that part where a branch waits, run on, and merge; skips; documents that begin inside the stream."""
+    model = random_model({"NUM_LAYERS": "5", "PARALLEL_START_LAYER": "3", "SMEAR_GATE_ENABLED": "1"})
+    tokens, targets = torch.randint(CLASSES, (2, 1, 21))
+    batch = tokens, targets, "mean", torch.tensor([0, 8, 13, 21, 21], dtype=torch.int32), 8
+    plain = loss_and_gradients(model, *batch)
+    model.fused = OPERATIONS
+    assert_alike(loss_and_gradients(model, *batch), plain)
+    assert interpreted == OPERATIONS - {"qk_norm_rope"}, "qkv_norm_rope takes its place"
+
+
 def test_the_fused_glue_trains_like_the_plain_functions(interpreted):
     rows = torch.randint(0, 8, (3, 2, 13)).cumsum(-1) % CLASSES
-    plain, another_seed = losses("reference", 0, rows, RECORD_LIKE), losses("reference", 1, rows, RECORD_LIKE)
-    fused = losses("reference", 0, rows, RECORD_LIKE, OPERATIONS)
-    assert interpreted == OPERATIONS - {"qk_norm_rope"}, "the other one takes its place"
+    sizes = RECORD_LIKE | {"SMEAR_GATE_ENABLED": "1"}
+    plain, another_seed = losses("reference", 0, rows, sizes), losses("reference", 1, rows, sizes)
+    fused = losses("reference", 0, rows, sizes, OPERATIONS)
+    assert interpreted == OPERATIONS - {"qk_norm_rope"}
     assert fused.tolist() == pytest.approx(plain.tolist(), abs=1e-4)
     assert (fused - plain).abs().max() < 0.05 * (another_seed - plain).abs().max(), "far within seed noise"
 
@@ -91,17 +123,10 @@ def test_the_fused_glue_trains_like_the_plain_functions(interpreted):
 )
 def test_one_product_for_q_k_v_and_gate_changes_nothing(changes, interpreted):
     """Loss and all gradients in float32, of packed documents, every parameter random."""
-    config = ModelConfig.of(load_settings(RECORD_LIKE | {"NUM_LAYERS": "1"} | changes))
-    model = Model(dataclasses.replace(config, vocab_size=CLASSES)).initialise(torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model = random_model({"NUM_LAYERS": "1", **changes})
     tokens, targets = torch.randint(CLASSES, (2, 1, 17))
-    borders = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
-    found = []
-    for model.fused in (frozenset(), {"qkv_norm_rope", "xsa_gate"}):
-        loss = model.loss(tokens, targets, "mean", borders, 11)
-        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    batch = tokens, targets, "mean", torch.tensor([0, 5, 6, 17], dtype=torch.int32), 11
+    plain = loss_and_gradients(model, *batch)
+    model.fused = frozenset({"qkv_norm_rope", "xsa_gate"})
+    assert_alike(loss_and_gradients(model, *batch), plain)
     assert "qkv_norm_rope" in interpreted
-    for plain, fused in zip(*found, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())

@@ -19,6 +19,16 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
     return ((out.double() - truth).norm() / truth.norm()).item()
 
 
+def assert_no_worse(found: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """Within the tolerance of its dtype, and hardly worse than plain PyTorch in it, for any random numbers."""
+    tolerance, error = TOLERANCE[found.dtype], relative_error(found, truth)
+    assert error < tolerance
+    by_chance = 2 / found.numel() ** 0.5
+    # Of a few sums over all tokens, float32 and float64 leave more to the order of the terms than to the formula.
+    order = 0.25 if found.dtype.itemsize >= 4 and found.numel() < 64 else 1e-2
+    assert error <= (NO_WORSE + by_chance) * relative_error(plain, truth) + order * tolerance
+
+
 def need(op: str, backend: str, device: str = "cpu") -> None:
     """Skip where a backend cannot run; a build that is there is tested."""
     found = ops.available()[op][backend]

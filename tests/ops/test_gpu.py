@@ -204,7 +204,7 @@ def test_glue_against_float64(case, dtype):
 
 def test_the_model_with_fused_glue():
     """A small record, compiled as one graph, in float32: the loss and every gradient as with the plain functions."""
-    settings = {"PRESET": "record", "NUM_LAYERS": "9", "MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
+    settings = {"PRESET": "record", "NUM_LAYERS": "10", "MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
     model = Model(ModelConfig.of(load_settings(settings))).initialise(torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -315,7 +315,12 @@ import torch
 from pgolf import ops
 
 targets = torch.tensor([0, 5, {target}, 3], device="cuda")
-if {linear}:
+if {operation!r} == "embedding":
+    start = torch.zeros(1, device="cuda")
+    loss = ops.embedding_smear_norm(
+        targets[None], torch.randn(1000, 16, device="cuda"), start[None], start, targets[None] < 0
+    ).sum()
+elif {operation!r} == "linear":
     loss = ops.linear_softcapped_cross_entropy(
         torch.randn(4, 16, device="cuda"), torch.randn(1000, 16, device="cuda"), targets
     )
@@ -326,17 +331,20 @@ print("accepted", loss.item())
 """
 
 
-@pytest.mark.parametrize(("target", "linear"), [(1000, False), (2**32 + 1, False), (-1, True)])
-def test_a_target_out_of_range_raises(target, linear):
+@pytest.mark.parametrize(
+    ("target", "operation"),
+    [(1000, "loss"), (2**32 + 1, "loss"), (-1, "linear"), (1000, "embedding"), (-1, "embedding")],
+)
+def test_a_target_or_token_out_of_range_raises(target, operation):
     done = subprocess.run(
-        [sys.executable, "-c", BAD_TARGET.format(target=target, linear=linear)],
+        [sys.executable, "-c", BAD_TARGET.format(target=target, operation=operation)],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode != 0, done.stdout
     assert "accepted" not in done.stdout
-    assert "a target is outside 0..V-1" in done.stderr
+    assert f"a {'token' if operation == 'embedding' else 'target'} is outside 0..V-1" in done.stderr
     assert "device-side assert" in done.stderr
 
 

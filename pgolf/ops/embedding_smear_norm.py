@@ -1,0 +1,180 @@
+"""The model's input: a row of the embedding table for each token, SmearGate, RMSNorm.
+
+    e_t = table[token_t]
+    s_t = e_t + λ sigmoid(W · e_t[:w]) e_{t-1},   s_t = e_t where a document or a row of the batch starts
+    y_t = s_t / sqrt(mean(s_t²) + eps)                    over D; eps is that of float32, for float64 its own
+
+Shapes and dtypes: tokens (rows, length) int64 or int32; table (V, D) floating; W (1, w), w <= D, and λ (1,) of the
+table's dtype or float32; starts (rows or 1, length) bool. Result (rows, length, D) like the table. Computed in float32
+(float64 for float64) and rounded once. Differentiable in table, W and λ, once. Only the inputs are kept for the
+backward pass, and of them only the tokens grow with the batch.
+
+Cost for X bytes of results: X and the table forward. The backward pass reads the table and the results' gradient and
+writes the gradient of each token's row, 2 X, which torch's embedding_dense_backward adds up by row of the table, X and
+the table. Adding up in the kernel would save 2 X, but with atomics, so that no two runs have the same bits.
+Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit; on the CPU a token
+outside 0..V-1 raises `ValueError`, on a GPU an assertion of the device.
+Source: SmearGate, PR #1667 of the challenge; its mask at document starts, #1855.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.ops import backends, checks
+from pgolf.ops.residual_rms_norm import epsilon, inverse_rms, norm_gradient
+
+backends.register("embedding_smear_norm", triton=("cuda",))
+
+
+def embedding_smear_norm(tokens: Tensor, table: Tensor, weight: Tensor, strength: Tensor, starts: Tensor) -> Tensor:
+    """(rows, length, D): the normalised, smeared embeddings.
+
+    Args:
+        tokens: (rows, length) int64 or int32, in 0..V-1.
+        table: (V, D) embeddings, floating.
+        weight: (1, w) of the gate, which reads the first w channels.
+        strength: (1,) the gate's largest value, λ.
+        starts: (rows or 1, length) bool, whether a document starts at a token. The first of a row always does.
+    """
+    _check(tokens, table, weight, strength, starts)
+    exact = table.dtype == torch.float64
+    backend = "reference" if exact else backends.choose("embedding_smear_norm", table.device.type)
+    return _forward(tokens, table, weight, strength, starts, backend)
+
+
+def embedding_smear_norm_reference(
+    tokens: Tensor, table: Tensor, weight: Tensor, strength: Tensor, starts: Tensor
+) -> Tensor:
+    """The definition in plain PyTorch; arguments as for `embedding_smear_norm`."""
+    e = F.embedding(tokens, table)
+    gate = strength * torch.sigmoid(F.linear(e[..., : weight.shape[1]], weight.to(e.dtype)))
+    before = F.pad(e, (0, 0, 1, 0))[:, :-1]
+    s = e + (gate * ~starts.unsqueeze(-1)) * before
+    return F.rms_norm(s.to(e.dtype), s.shape[-1:])
+
+
+@torch.library.custom_op("pgolf::embedding_smear_norm", mutates_args=())
+def _forward(
+    tokens: Tensor,  # (rows, length)
+    table: Tensor,  # (V, D)
+    weight: Tensor,  # (1, w)
+    strength: Tensor,  # (1,)
+    starts: Tensor,  # (rows or 1, length)
+    backend: str,
+) -> Tensor:
+    _check(tokens, table, weight, strength, starts)  # again: this operation can be called without the public function
+    _check_range(tokens, table.shape[0])
+    if _uses_kernel(tokens, table, backend):
+        from pgolf.triton_kernels.embedding_smear_norm import launch  # here, because triton is not on every machine
+
+        out = launch(*_flat(tokens, table, weight, strength, starts), tokens.shape[1], epsilon(table.dtype))
+        return out.view(*tokens.shape, -1)
+    *_, s = _smear(tokens, table, weight, strength, starts)
+    return (s * inverse_rms(s, table.dtype)).to(table.dtype)
+
+
+@_forward.register_fake
+def _(tokens, table, weight, strength, starts, backend):
+    return table.new_empty((*tokens.shape, table.shape[1]))
+
+
+@torch.library.custom_op("pgolf::embedding_smear_norm_backward", mutates_args=())
+def _gradients(
+    tokens: Tensor, table: Tensor, weight: Tensor, strength: Tensor, starts: Tensor, grad: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:  # of the gathered rows (rows, length, D), dweight, dstrength
+    if _uses_kernel(tokens, table, backend):
+        from pgolf.triton_kernels.embedding_smear_norm import launch_backward
+
+        inputs = _flat(tokens, table, weight, strength, starts)
+        flat_grad = grad.reshape(-1, table.shape[1]).contiguous()
+        drows, sums = launch_backward(*inputs, flat_grad, tokens.shape[1], epsilon(table.dtype))
+        dweight, dstrength = sums.split([weight.shape[1], 1])
+        return drows.view(grad.shape), dweight.to(weight.dtype).view(1, -1), dstrength.to(strength.dtype, copy=True)
+    e, before, sigmoid, s = _smear(tokens, table, weight, strength, starts)
+    d = norm_gradient(s, grad.to(s.dtype), table.dtype)
+    dgate = (d * before).sum(-1, keepdim=True)
+    dlogit = dgate * strength * sigmoid * (1 - sigmoid)
+    window = weight.shape[1]
+    drows = d.clone()
+    drows[..., :window] += dlogit * weight
+    handed_back = (strength * sigmoid * d).masked_fill_(starts.unsqueeze(-1), 0)
+    drows[:, :-1] += handed_back[:, 1:]
+    dweight = (dlogit * e[..., :window]).sum((0, 1)).unsqueeze(0).to(weight.dtype)
+    return drows.to(table.dtype), dweight, (dgate * sigmoid).sum().view(1).to(strength.dtype)
+
+
+@_gradients.register_fake
+def _(tokens, table, weight, strength, starts, grad, backend):
+    return grad.new_empty(grad.shape), weight.new_empty(weight.shape), strength.new_empty(strength.shape)
+
+
+def _smear(tokens, table, weight, strength, starts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """e, what comes before it (zero at starts), the gate's sigmoid, and s, in float32 or wider."""
+    wide = torch.promote_types(table.dtype, torch.float32)
+    e = F.embedding(tokens, table).to(wide)
+    before = F.pad(e, (0, 0, 1, 0))[:, :-1].masked_fill_(starts.unsqueeze(-1), 0)
+    sigmoid = torch.sigmoid(F.linear(e[..., : weight.shape[1]], weight.to(wide)))
+    return e, before, sigmoid, e + strength * sigmoid * before
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor):
+    tokens, table, weight, strength, starts = ctx.saved_tensors
+    drows, dweight, dstrength = _gradients(tokens, table, weight, strength, starts, grad, ctx.backend)
+    dtable = None
+    if ctx.needs_input_grad[1]:
+        dtable = torch.ops.aten.embedding_dense_backward(drows, tokens, table.shape[0], -1, False)
+    return None, dtable, dweight, dstrength, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flat(tokens: Tensor, table: Tensor, weight: Tensor, strength: Tensor, starts: Tensor) -> list[Tensor]:
+    """As the kernels take them: tokens one after the other, everything without gaps."""
+    tokens, weight, strength, starts = (value.contiguous().view(-1) for value in (tokens, weight, strength, starts))
+    return [tokens, table.contiguous(), weight, strength, starts]
+
+
+def _uses_kernel(tokens: Tensor, table: Tensor, backend: str) -> bool:
+    if backend != "triton" or 0 in (tokens.numel(), table.numel()):
+        return False
+    from pgolf.triton_kernels.embedding_smear_norm import accepts
+
+    return accepts(table.dtype, table.shape[1])
+
+
+def _check_range(tokens: Tensor, vocabulary: int) -> None:
+    """On the CPU; a host check would synchronise a device, where the kernels assert."""
+    if tokens.device.type == "cpu" and tokens.numel():
+        for value in torch.aminmax(tokens):
+            if not 0 <= value < vocabulary:
+                raise ValueError(f"tokens: value {value} is not accepted; accepted are 0..{vocabulary - 1}")
+
+
+def _check(tokens: Tensor, table: Tensor, weight: Tensor, strength: Tensor, starts: Tensor) -> None:
+    checks.tensor("tokens", tokens, (torch.int64, torch.int32))
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: shape {tuple(tokens.shape)} is not accepted; expected (rows, length)")
+    checks.tensor("table", table, checks.FLOATS)
+    if table.ndim != 2:
+        raise ValueError(f"table: shape {tuple(table.shape)} is not accepted; expected (V, D)")
+    for name, value in (("weight", weight), ("strength", strength)):
+        checks.tensor(name, value, (table.dtype, torch.float32))
+    if weight.ndim != 2 or weight.shape[0] != 1 or weight.shape[1] > table.shape[1]:
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)} is not accepted; expected (1, w) with w <= {table.shape[1]}"
+        )
+    checks.shape("strength", strength, (1,), "one for all tokens")
+    checks.tensor("starts", starts, (torch.bool,))
+    if starts.shape not in (tokens.shape, (1, tokens.shape[1])):
+        raise ValueError(
+            f"starts: shape {tuple(starts.shape)} is not accepted; expected {tuple(tokens.shape)} or "
+            f"(1, {tokens.shape[1]})"
+        )
+    checks.same_device("table", table, tokens=tokens, weight=weight, strength=strength, starts=starts)

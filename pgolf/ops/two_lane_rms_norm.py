@@ -1,0 +1,263 @@
+"""Two lanes of the residual stream, from one layer's branches to the two norms that the next layer's branches read.
+
+    a  = keep_0 lane_0 + post_00 branch_0 + post_10 branch_1
+    b  = keep_1 lane_1 + post_01 branch_0 + post_11 branch_1
+    a' = s_0 ⊙ a + s_1 ⊙ skip                       where a skip returns; else a' = a
+    m  = mix_0 ⊙ a' + mix_1 ⊙ x_0                   x_0 is the normalised embedding
+    y_0 = scale · m / sqrt(mean(m²) + eps),   y_1 = scale · b / sqrt(mean(b²) + eps)
+
+over D; eps is that of float32, for float64 its own. Attention reads y_0 and the MLP y_1; a' and b are the new lanes.
+Where the lanes part there is one lane to read: lane_1 = lane_0.
+
+Shapes and dtypes: lanes, branches, x_0, skip (..., D) of one floating dtype; keep (2,), post (2, 2), mix and
+skip_weights (2, D) of that dtype or float32. Results like x_0. Computed in float32 (float64 for float64) and rounded
+once. Differentiable in all tensors, once. Only the inputs are kept for the backward pass, which is one pass over rows
+that also sums the gradients of keep, post, mix and skip_weights.
+
+Cost for X bytes of a lane, with both lanes, two branches and a skip: 10 X forward and 16 X backward.
+Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
+Source: two lanes, PR #1529 of the challenge; RMSNorm, arXiv 1910.07467.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.ops import backends, checks
+from pgolf.ops.residual_rms_norm import epsilon, inverse_rms, norm_gradient
+
+backends.register("two_lane_rms_norm", triton=("cuda",))
+
+
+def two_lane_rms_norm(
+    lanes: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    keep: Tensor,
+    post: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    skip: Tensor | None = None,
+    skip_weights: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The new lanes a' and b and their norms y_0 and y_1, all like x0.
+
+    Args:
+        lanes: two of (..., D), attention's and the MLP's; one where they part.
+        branches: at most two of (..., D), what is added: attention's and the MLP's output.
+        keep: (2,) factors of the lanes.
+        post: (2, 2) factors of the branches; post[j, i] is that of branch j in lane i.
+        x0: (..., D) what is mixed into the first lane before its norm, floating.
+        mix: (2, D) weights of the first lane and of x0.
+        skip: (..., D) an earlier output that returns in the first lane, or None.
+        skip_weights: (2, D) of the first lane and of the skip; None without a skip.
+        scale: factor of both norms.
+    """
+    _check(lanes, branches, keep, post, x0, mix, skip, skip_weights, scale)
+    shape = (math.prod(x0.shape[:-1]), x0.shape[-1])
+
+    def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.reshape(shape) for tensor in tensors]
+
+    exact = x0.dtype == torch.float64
+    backend = "reference" if exact else backends.choose("two_lane_rms_norm", x0.device.type)
+    flat_skip = None if skip is None else skip.reshape(shape)
+    outs = _forward(
+        flat(lanes), flat(branches), keep, post, x0.reshape(shape), mix, flat_skip, skip_weights, float(scale), backend
+    )
+    first, second, first_normed, second_normed = (out.view(x0.shape) for out in outs)
+    return first, second, first_normed, second_normed
+
+
+def two_lane_rms_norm_reference(
+    lanes: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    keep: Tensor,
+    post: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    skip: Tensor | None = None,
+    skip_weights: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition in plain PyTorch; arguments as for `two_lane_rms_norm`."""
+    routed = []
+    for i in range(2):
+        lane = keep[i] * lanes[i % len(lanes)]
+        routed.append(sum((post[j, i] * branch for j, branch in enumerate(branches)), start=lane).to(x0.dtype))
+    first, second = routed
+    if skip is not None and skip_weights is not None:
+        first = (skip_weights[0] * first + skip_weights[1] * skip).to(x0.dtype)
+    mixed = (mix[0] * first + mix[1] * x0).to(x0.dtype)
+    first_normed, second_normed = (scale * F.rms_norm(x, x.shape[-1:]) for x in (mixed, second))
+    return first, second, first_normed, second_normed
+
+
+@torch.library.custom_op("pgolf::two_lane_rms_norm", mutates_args=())
+def _forward(
+    lanes: Sequence[Tensor],  # one or two of (T, D), as branches, x0 and skip
+    branches: Sequence[Tensor],
+    keep: Tensor,  # (2,)
+    post: Tensor,  # (2, 2)
+    x0: Tensor,
+    mix: Tensor,  # (2, D)
+    skip: Tensor | None,
+    skip_weights: Tensor | None,  # (2, D)
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # again: this operation can be called without the public function
+    _check(lanes, branches, keep, post, x0, mix, skip, skip_weights, scale)
+    if _uses_kernel(x0, backend):
+        from pgolf.triton_kernels.two_lane_rms_norm import launch  # here, because triton is not on every machine
+
+        return launch(*_dense(lanes, branches, keep, post, x0, mix, skip, skip_weights), scale, epsilon(x0.dtype))
+    _, second, first, mixed = _route(lanes, branches, keep, post, x0, mix, skip, skip_weights)
+    outs = (first, second, *(x * (scale * inverse_rms(x, x0.dtype)) for x in (mixed, second)))
+    a, b, y0, y1 = (out.to(x0.dtype, memory_format=torch.contiguous_format) for out in outs)
+    return a, b, y0, y1
+
+
+@_forward.register_fake
+def _(lanes, branches, keep, post, x0, mix, skip, skip_weights, scale, backend):
+    return tuple(x0.new_empty(x0.shape) for _ in range(4))
+
+
+@torch.library.custom_op("pgolf::two_lane_rms_norm_backward", mutates_args=())
+def _gradients(
+    lanes: Sequence[Tensor],
+    branches: Sequence[Tensor],
+    keep: Tensor,
+    post: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    skip: Tensor | None,
+    skip_weights: Tensor | None,
+    upstream: Sequence[Tensor],  # gradients of a', b, y_0, y_1
+    scale: float,
+    backend: str,
+) -> list[Tensor]:  # of lanes, branches, x0, skip if there is one; then keep, post, mix, skip_weights if there are any
+    if _uses_kernel(x0, backend):
+        from pgolf.triton_kernels.two_lane_rms_norm import launch_backward
+
+        inputs = _dense(lanes, branches, keep, post, x0, mix, skip, skip_weights)
+        wide, sums = launch_backward(*inputs, [g.contiguous() for g in upstream], scale, epsilon(x0.dtype))
+        dkeep, dpost, dweights = sums[:2], sums[2:6].view(2, 2), sums[6:].view(-1, 2, x0.shape[1])
+    else:
+        wide, dkeep, dpost, dweights = _gradients_in_pytorch(
+            lanes, branches, keep, post, x0, mix, skip, skip_weights, upstream, scale
+        )
+    small = [keep, post, mix] if skip_weights is None else [keep, post, mix, skip_weights]
+    sums = (dkeep, dpost, *dweights)
+    return [*wide, *(s.to(like.dtype, copy=True) for s, like in zip(sums, small, strict=True))]
+
+
+@_gradients.register_fake
+def _(lanes, branches, keep, post, x0, mix, skip, skip_weights, upstream, scale, backend):
+    skips = ([], []) if skip is None else ([skip], [skip_weights])
+    like = (*lanes, *branches, x0, *skips[0], keep, post, mix, *skips[1])
+    return [tensor.new_empty(tensor.shape) for tensor in like]
+
+
+def _gradients_in_pytorch(lanes, branches, keep, post, x0, mix, skip, skip_weights, upstream, scale):
+    a, second, first, mixed = _route(lanes, branches, keep, post, x0, mix, skip, skip_weights)
+    grad_first, grad_second, grad_first_normed, grad_second_normed = (g.to(a.dtype) for g in upstream)
+    dmixed = norm_gradient(mixed, grad_first_normed, x0.dtype, scale)
+    dweights = [torch.stack([(dmixed * first).sum(0), (dmixed * x0).sum(0)])]
+    dskip = []
+    d = grad_first + mix[0] * dmixed
+    if skip is not None:
+        dskip = [skip_weights[1] * d]
+        dweights.append(torch.stack([(d * a).sum(0), (d * skip).sum(0)]))
+        d = skip_weights[0] * d
+    ds = d, grad_second + norm_gradient(second, grad_second_normed, x0.dtype, scale)
+    dlanes = [k * d for k, d in zip(keep, ds, strict=True)]
+    if len(lanes) == 1:
+        dlanes = [dlanes[0] + dlanes[1]]
+    dbranches = [to[0] * ds[0] + to[1] * ds[1] for to, _ in zip(post, branches, strict=False)]
+    dkeep = torch.stack([(d * lanes[i % len(lanes)]).sum() for i, d in enumerate(ds)])
+    dpost = torch.zeros(2, 2, dtype=a.dtype, device=a.device)
+    for j, branch in enumerate(branches):
+        dpost[j] = torch.stack([(d * branch).sum() for d in ds])
+    wide = [t.to(x0.dtype) for t in (*dlanes, *dbranches, mix[1] * dmixed, *dskip)]
+    return wide, dkeep, dpost, dweights
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    lanes, branches, keep, post, x0, mix, skip, skip_weights, ctx.scale, ctx.backend = inputs
+    ctx.lanes = len(lanes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*lanes, *branches, keep, post, x0, mix, skip, skip_weights)
+
+
+def _backward(ctx, *grads: Tensor | None):
+    saved = list(ctx.saved_tensors)
+    lanes, branches, others = saved[: ctx.lanes], saved[ctx.lanes : -6], saved[-6:]
+    _, _, x0, _, skip, _ = others
+    upstream = [torch.zeros_like(x0) if grad is None else grad for grad in grads]
+    found = _gradients(lanes, branches, *others, upstream, ctx.scale, ctx.backend)
+    dlanes, dbranches = found[: ctx.lanes], found[ctx.lanes : ctx.lanes + len(branches)]
+    dx0, *rest = found[ctx.lanes + len(branches) :]
+    dskip, dskip_weights = (None, None) if skip is None else (rest.pop(0), rest.pop())
+    dkeep, dpost, dmix = rest
+    return dlanes, dbranches, dkeep, dpost, dx0, dmix, dskip, dskip_weights, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _route(lanes, branches, keep, post, x0, mix, skip, skip_weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a, b, a' and m in float32 or wider."""
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    a, b = (keep[i] * lanes[i % len(lanes)].to(wide) for i in range(2))
+    for (to_a, to_b), branch in zip(post, branches, strict=False):
+        a, b = a + to_a * branch.to(wide), b + to_b * branch.to(wide)
+    first = a if skip is None else skip_weights[0] * a + skip_weights[1] * skip.to(wide)
+    return a, b, first, mix[0] * first + mix[1] * x0.to(wide)
+
+
+def _uses_kernel(x0: Tensor, backend: str) -> bool:
+    if backend != "triton" or x0.numel() == 0:
+        return False
+    from pgolf.triton_kernels.two_lane_rms_norm import accepts
+
+    return accepts(x0.dtype, x0.shape[1])
+
+
+def _dense(lanes, branches, *others) -> tuple:
+    """Everything without gaps, as the kernels take it."""
+    return (
+        [lane.contiguous() for lane in lanes],
+        [branch.contiguous() for branch in branches],
+        *(None if other is None else other.contiguous() for other in others),
+    )
+
+
+def _check(lanes, branches, keep, post, x0, mix, skip, skip_weights, scale) -> None:
+    checks.tensor("x0", x0, checks.FLOATS)
+    if x0.ndim < 1:
+        raise ValueError("x0: a 0-dimensional tensor is not accepted; expected (..., D)")
+    if not 1 <= len(lanes) <= 2:
+        raise ValueError(f"lanes: {len(lanes)} are not accepted; 2, or 1 where they part")
+    if len(branches) > 2:
+        raise ValueError(f"branches: {len(branches)} are not accepted; at most 2")
+    rows = {f"lanes[{i}]": lane for i, lane in enumerate(lanes)}
+    rows |= {f"branches[{i}]": branch for i, branch in enumerate(branches)}
+    if (skip is None) != (skip_weights is None):
+        raise ValueError("skip_weights: expected with a skip and only with it")
+    by_channel = (2, x0.shape[-1]), "2, D"
+    weights = {"keep": (keep, (2,), "lanes"), "post": (post, (2, 2), "branches, lanes"), "mix": (mix, *by_channel)}
+    if skip is not None:
+        rows["skip"], weights["skip_weights"] = skip, (skip_weights, *by_channel)
+    for name, value in rows.items():
+        checks.tensor(name, value, (x0.dtype,))
+        checks.shape(name, value, x0.shape, "as x0")
+        checks.same_device("x0", x0, **{name: value})
+    for name, (value, shape, because) in weights.items():
+        checks.tensor(name, value, (x0.dtype, torch.float32))
+        checks.shape(name, value, shape, because)
+        checks.same_device("x0", x0, **{name: value})
+    checks.number("scale", scale)
