@@ -41,7 +41,7 @@ ITEM = 2  # bytes of bfloat16
 
 @dataclass(frozen=True)
 class Pass:
-    """One place of the model where a region stands, run once forward and once backward."""
+    """One place of the model where a region stands, run once forward and once backward; a sum is that of all places."""
 
     region: str
     forward_bytes: int
@@ -58,12 +58,13 @@ def _passes(config: ModelConfig, looping: bool, tokens: int, one_product: bool) 
     table = config.vocab_size * config.model_dim
     yield Pass(EMBED, table * ITEM + x, x + 2 * table * ITEM + 4 * table * 4)
     branches = 0  # of the layer before, not yet added
+    further = 0
     before_stores = lanes = False
     for visit in config.visits(looping):
         skip = visit.skip is not None
         two = config.two_lanes(visit)
         parallel = not two and config.parallel(visit.layer)
-        further = (0 if one_product else 2) + parallel  # products that read y, but for one
+        further += (0 if one_product else 2) + parallel  # products that read y, but for one each time
         if lanes:
             yield Pass(LANES, *_lanes(x, mix=True, skip=skip))
         elif two:  # they part: the second one is the stream before skip and mix, with a norm of its own
@@ -71,9 +72,6 @@ def _passes(config: ModelConfig, looping: bool, tokens: int, one_product: bool) 
             yield Pass(LANES, forward + x, backward + x)
         else:
             yield Pass(MIX, *_mix(x, branches, skip, before_stores))
-        yield Pass(SUM_X0, 0, x)
-        if further:
-            yield Pass(SUM_DY, 0, further * x)
         sum_dv = 3 * k if config.excludes_self(visit.layer) else 0
         yield Pass(QK, 2 * (x + k), 3 * (x + k) + sum_dv * one_product)
         yield from _output(config, visit.layer, x, k, sum_dv * (not one_product))
@@ -82,6 +80,8 @@ def _passes(config: ModelConfig, looping: bool, tokens: int, one_product: bool) 
         lanes, before_stores = two, visit.stores
         branches = 2 if parallel else 1
     yield Pass(LANES, *_lanes(x, mix=False)) if lanes else Pass(ADD, (2 + branches) * x, (3 + branches) * x)
+    yield Pass(SUM_X0, 0, x * len(config.visits(looping)))
+    yield Pass(SUM_DY, 0, x * further)
 
 
 def _mix(x: int, branches: int, skip: bool, keeps_sum: bool) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def classify(kernel: Kernel) -> tuple[str, str]:
         return "attention", ""
     if "cross_entropy" in called:
         return "loss", ""
-    in_mlp = "leaky_relu2_mlp" in found
+    in_mlp = "leaky_relu2_mlp" in found and "_attend" not in found  # both where a parallel layer's gradient comes in
     if "leaky_relu2" in called:
         return "MLP", ""
     if (is_product(called) or called == "pgolf.weight_gradient") and min(map(min, kernel.shapes)) >= SMALLEST_FACTOR:

@@ -71,7 +71,8 @@ def test_flops_of_products_and_attention(phases):
     scores = TOKENS * LENGTH // 2 * DIM
     for operations in (phase.plain, phase.fused):
         products = step_operations.totals(operations, ("matrix products", "MLP"))["flops"]
-        assert products == pytest.approx(6 * TOKENS * (matrices + VOCAB * DIM), rel=0.01)  # a gate may be a part of one
+        assert 1 <= products / (6 * TOKENS * (matrices + VOCAB * DIM)) < 1.05  # a gate and padding may be a part
+        assert step_operations.totals(operations, ("MLP",))["flops"] == 6 * TOKENS * 2 * 2 * DIM * HIDDEN
         assert step_operations.totals(operations, ("attention",))["flops"] == 2 * (2 + 5) * 2 * scores
     gates = step_operations.totals(phase.plain, step_regions.GLUE)["flops"]
     assert gates == 6 * TOKENS * 12 * (2 * HEADS + 1)
@@ -120,7 +121,7 @@ def test_every_kernel_finds_its_place(phases):
     (phase,) = phases
     rows = {row["region"]: row for row in phase.regions()}
     sums = {fused_glue.SUM_X0, fused_glue.SUM_DY}  # of the plain step they are in other regions' kernels
-    assert set(rows) >= set(fused_glue.REGIONS)
+    assert set(rows) >= set(fused_glue.REGIONS) - {fused_glue.SUM_DY}
     for region in set(fused_glue.REGIONS) - {fused_glue.MIX, *sums}:  # the first layer's mix is in the embedding's
         assert rows[region]["plain_forward_bytes"] > 0
         assert rows[region]["plain_backward_bytes"] > 0
@@ -162,19 +163,18 @@ def test_our_operations_are_counted(fused_kernels, phases):
 def test_least_bytes_by_hand(one_product, further):
     passes = fused_glue.fused_passes(CONFIG, False, TOKENS, one_product)
     table = VOCAB * DIM
-    sums = [(fused_glue.SUM_X0, 0, 1), *([(fused_glue.SUM_DY, 0, further)] if further else [])]
     dv = 1.5  # two gradients of v become one
     heads = [(fused_glue.QK, 3, 4.5 + dv * one_product), (fused_glue.XSA, 2.5, 4 + dv * (not one_product))]
     assert [(p.region, p.forward_bytes / X, p.backward_bytes / X) for p in passes[1:]] == [
         (fused_glue.MIX, 3, 4),  # x0 -> m, y; dm, dy, x0 -> d x0
-        *sums,
         *heads,
         (fused_glue.ADD, 4, 4),
         # x, branch, x0, skip -> both lanes, y, y'; both dlanes, dy, dy', u, x0, skip -> du, d x0, dskip
         (fused_glue.LANES, 8, 10),
-        *sums,
         *heads,
         (fused_glue.LANES, 5, 9),
+        (fused_glue.SUM_X0, 0, 2),
+        (fused_glue.SUM_DY, 0, 2 * further),
     ]
     assert (passes[0].forward_bytes, passes[0].backward_bytes) == (X + 2 * table, X + 20 * table)
 
@@ -220,10 +220,13 @@ def test_regions(found, region):
     assert step_regions.classify(found) == (step_regions.GLUE[1], region)
 
 
-def test_weight_gradients_of_mlp_and_others():
+def test_products_of_mlp_and_others():
     shapes = ((TOKENS, DIM), (TOKENS, HIDDEN))
     inside = kernel("pgolf.weight_gradient", shapes=shapes, calls=[("_mlp", "leaky_relu2_mlp")])
     assert step_regions.classify(inside) == ("MLP", "")
+    both = [("_mlp", "leaky_relu2_mlp"), ("_attend",)]
+    output = kernel("aten.mm.out", shapes=((TOKENS, DIM), (DIM, DIM)), calls=both)
+    assert step_regions.classify(output) == ("matrix products", "")
     assert step_regions.classify(kernel("pgolf.weight_gradient", shapes=shapes)) == ("matrix products", "")
 
 
