@@ -60,8 +60,6 @@ MEASURED_MS = {
     "pr1855": {"pre-loop": 95.9, "loop": 140.5},
     "record": {"pre-loop": 95.1, "loop": 139.5},
 }
-
-
 SIDES = ("plain", "fused", "least")
 
 
@@ -230,7 +228,7 @@ def text_report(phases: list[Phase], settings: Settings, tokens: int, gpus: int,
     return [*lines, *table([[name, str(steps)] for name, steps in budgets(phases, settings).items()])]
 
 
-CLASS_HEADER = ["class", "TFLOP", "kernels", "GB", "H100 ms", "H200 ms"]
+CLASS_HEADER = ["class", "kernels", "TFLOP", "GB", "H100 ms", "H200 ms"]
 REGION_HEADER = ["region", "kernels", "GB forward", "GB backward", "fused saves GB", "H100 ms", "H200 ms"]
 UNBUILT_HEADER = ["", "saves GB", "H100 ms", "H200 ms", "then GB", "of plain"]
 OPERATION_HEADER = ["operation", "class", "pass", "count", "MB each", "GFLOP each", "H100 ms", "H200 ms"]
@@ -239,10 +237,9 @@ OPERATION_HEADER = ["operation", "class", "pass", "count", "MB each", "GFLOP eac
 def class_row(phase: Phase, part: str) -> list[str]:
     parts = CLASSES if part == "all" else (part,)
     sums = [totals(operations, parts) for operations in phase.sides().values()]
-    numbers = [
-        _three([s[name] / unit for s in sums]) for name, unit in (("bytes", 1e9), ("h100_ms", 1), ("h200_ms", 1))
-    ]
-    return [part, f"{sums[0]['flops'] / 1e12:.2f}", _three([s["kernels"] for s in sums]), *numbers]
+    units = {"flops": 1e12, "bytes": 1e9, "h100_ms": 1, "h200_ms": 1}
+    numbers = [_three([s[name] / unit for s in sums]) for name, unit in units.items()]
+    return [part, _three([s["kernels"] for s in sums]), *numbers]
 
 
 def region_row(row: dict) -> list[str]:
@@ -304,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="record")
     parser.add_argument("--tokens", type=int, help="on each GPU; default: the preset's batch over the GPUs")
     parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--kernels", action="store_true", help="every kernel that the compiler makes, slowest first")
+    parser.add_argument("--kernels", action="store_true", help="every kernel of the fused step, slowest first")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="JSON instead of the tables, or beside them"
     )
