@@ -8,16 +8,18 @@
    an H100. Its decisions (fusions, split reductions, what is materialised) are read before any code is generated.
 
 Attention is one opaque operation forward and one backward, as FlashAttention is, and operations of pgolf take their
-Triton backend. Not as on a GPU: the trace is made where `F.rms_norm` is composed of elementary operations, and nothing
-is autotuned, so the choice between a library's product and a template is never made (the library's is counted).
+Triton backend; which of them stand between the products is the model's `fused` (pgolf/model/glue.py). Not as on a GPU:
+the trace is made where `F.rms_norm` is composed of elementary operations, and nothing is autotuned, so the choice
+between a library's product and a template is never made (the library's is counted).
 
 Bytes of a generated kernel: for each buffer that it reads from or leaves in memory the elements that its index
 expressions touch, each once, and never more than the buffer has. What stays inside the kernel counts nothing. That is
 `get_read_write_buffers_sizes` of the scheduler's node, but for slices, which that counts as whole buffers. Bytes of an
-operation that Inductor calls: all its tensor arguments and results, each once.
+operation that Inductor calls: all its tensor arguments and results, each once, and an argument that it changes twice.
 """
 
 import contextlib
+import gc
 import math
 import re
 import types
@@ -44,6 +46,9 @@ H100 = {
     "max_threads_per_block": 1024,
     "warp_size": 32,
 }
+# Of a kernel that does nothing but sum: additions, and what only moves or pads what is added.
+_SUMMING = {"add", "reshape", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "permute", "full", "slice"}
+_SUMMING |= {"slice_scatter", "slice_backward", "constant_pad_nd", "convert_element_type", "select", "unbind"}
 _FRAME = re.compile(r'File ".*?/(\w+\.py)", line \d+, in (\S+)')
 
 
@@ -59,21 +64,38 @@ class Kernel:
     sources: frozenset[tuple[str, ...]]  # of each operation in it, the functions of the model it comes from, outermost
     # first, as "file.py:function"
     scheduler_bytes: int = 0  # of a generated kernel by Inductor's own count, which takes a slice for the whole buffer
+    only_sums: bool = False  # a generated kernel
+    reads_of: tuple[str, ...] = ()  # a generated kernel's inputs: who made each; "" another such kernel or the graph's
 
     @property
     def bytes_moved(self) -> int:
         return self.bytes_read + self.bytes_written
 
 
-def compiled_kernels(config: ModelConfig, looping: bool, tokens: int, length: int, packed: bool) -> list[Kernel]:
+def compiled_kernels(
+    config: ModelConfig, looping: bool, tokens: int, length: int, packed: bool, fused: frozenset[str] = frozenset()
+) -> list[Kernel]:
     """Every kernel of forward and backward of `Model.loss` in bfloat16 on `tokens` tokens in rows of `length`.
 
-    `packed`: one row with borders every `length` tokens, as a loader of documents gives it.
+    `packed`: one row with borders every `length` tokens, as a loader of documents gives it. `fused`: as `Model.fused`.
     """
     kernels = []
-    for graph, inputs, backward in _trace(config, looping, tokens, length, packed):
-        kernels += _schedule(graph, inputs, backward)
+    with _without_garbage_collection():
+        for graph, inputs, backward in _trace(config, looping, tokens, length, packed, fused):
+            kernels += _schedule(graph, inputs, backward)
     return kernels
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A sixth of the time of a trace; it needs 0.7 GB either way."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @torch.library.custom_op("pgolf_bench::attention", mutates_args=())
@@ -111,7 +133,7 @@ _attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _trace(
-    config: ModelConfig, looping: bool, tokens: int, length: int, packed: bool
+    config: ModelConfig, looping: bool, tokens: int, length: int, packed: bool, fused: frozenset[str]
 ) -> list[tuple[torch.fx.GraphModule, list, bool]]:
     """(graph, example inputs, whether it is the backward's) of the two graphs that Inductor would lower."""
     from torch._inductor.compile_fx import compile_fx
@@ -133,7 +155,7 @@ def _trace(
     rows = 1 if packed else tokens // length
     with FakeTensorMode(), _as_on_cuda():
         model = Model(config, torch.bfloat16)
-        model.looping, model.attention = looping, "flash3"
+        model.looping, model.attention, model.fused = looping, "flash3", fused
         batch = torch.zeros(rows, tokens // rows, dtype=torch.int64)
         borders = (torch.zeros(tokens // length + 1, dtype=torch.int32), length) if packed else (None, 0)
         compiled = torch.compile(
@@ -232,8 +254,34 @@ def _kernel(node: Any, lowering: Any, backward: bool) -> Kernel | None:
     if isinstance(node, ExternKernelSchedulerNode):
         return _call(node.node, node, sources, backward)
     read, written = _touched(parts, lowering)
-    own = node.get_read_write_buffers_sizes()
-    return Kernel("", backward, sum(read.values()), sum(written.values()), (), sources, own)
+    return Kernel(
+        "",
+        backward,
+        sum(read.values()),
+        sum(written.values()),
+        (),
+        sources,
+        node.get_read_write_buffers_sizes(),
+        {_computes(origin) for part in parts if part.node is not None for origin in part.node.origins} <= _SUMMING,
+        tuple(_maker(name, lowering) for name in read),
+    )
+
+
+def _computes(origin: torch.fx.Node) -> str:
+    """ "add" of aten.add.Tensor; what another operation computed is not this kernel's work."""
+    namespace, name, *_ = f"{origin.target}.".split(".")
+    return name if namespace in ("aten", "prims") else "view"
+
+
+def _maker(name: str, lowering: Any) -> str:
+    """The operation, called as in `Kernel.operation`, that made a buffer."""
+    from torch._inductor import ir
+
+    made = lowering.scheduler.name_to_buf.get(lowering.scheduler.mutation_real_name.get(name, name))
+    node = made.defining_op.node if made is not None else None
+    if isinstance(node, ir.MultiOutput):
+        node = node.inputs[0]
+    return _operation(node) if isinstance(node, ir.ExternKernel) else ""
 
 
 def _touched(parts: list, lowering: Any) -> tuple[dict[str, int], dict[str, int]]:
@@ -284,22 +332,31 @@ def _call(node: Any, scheduled: Any, sources: frozenset, backward: bool) -> Kern
     arguments = [x for x in node.inputs if hasattr(x, "get_size")]
     results = [user.node.node for out in scheduled.get_outputs() for user in out.users if _is_result(user)]
     results = results or [node]
-    name = getattr(node, "op_overload", None)
-    operation = str(name).removesuffix(".default") if name is not None else node.python_kernel_name.split(".")[-1]
+    changed = set(node.get_mutation_names())
     return Kernel(
-        operation,
+        _operation(node),
         backward,
-        sum(_bytes(x) for x in arguments),
-        sum(_bytes(x) for x in results),
+        sum(_bytes(x) for x in _distinct(arguments)),
+        sum(_bytes(x) for x in (*results, *(x for x in arguments if x.get_name() in changed))),
         tuple(tuple(int(size) for size in x.get_size()) for x in arguments),
         sources,
     )
+
+
+def _operation(node: Any) -> str:
+    name = getattr(node, "op_overload", None)
+    return str(name).removesuffix(".default") if name is not None else (node.python_kernel_name or "").split(".")[-1]
 
 
 def _is_result(user: Any) -> bool:
     from torch._inductor import ir
 
     return isinstance(getattr(user.node, "node", None), ir.MultiOutput)
+
+
+def _distinct(arguments: list) -> list:
+    """Without repetitions: the first layer mixes x0 with itself."""
+    return list({(x.get_name(), str(x.get_layout())): x for x in arguments}.values())
 
 
 def _bytes(x: Any) -> int:

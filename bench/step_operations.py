@@ -1,36 +1,21 @@
-"""The operations of a training step, with class, region, bytes and FLOPs: compiled, fused, and the optimiser's."""
+"""The operations of a training step, with class, region, bytes and FLOPs: compiled, at least, and the optimiser's."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from compiled_step import Kernel, compiled_kernels
-from fused_glue import ADD, EMBED, LANES, MIX, QK, REGIONS, XSA, fused_passes
+from compiled_step import Kernel
+from fused_glue import REGIONS, fused_passes
 from static_report import BANDWIDTH, PEAK_FLOPS
+from step_regions import CLASSES, GLUE, classify, is_product
 
 from pgolf.model import ModelConfig
 from pgolf.settings import Settings
 from pgolf.sharding import Plan, cost
 
+GATES_AND_PADDING = 128  # columns that a product of q, k and v may have besides, fewer than that
 NVLINK = 450e9  # bytes a second and direction of one GPU; data sheets of H100 SXM and H200: 900 GB/s both ways together
-GLUE = ("glue forward", "glue backward")
-CLASSES = ("matrix products", "attention", "MLP", "loss", *GLUE, "weights", "optimiser", "communication")
-OTHER = "other glue"
-SMALLEST_FACTOR = 32  # products with a smaller size are those of gates, which read GATE_WINDOW channels
-# Functions of pgolf/model whose work is glue of a region; the first region with one of a kernel's functions takes it.
-FUNCTIONS = {
-    EMBED: {"smear", "_embed"},
-    LANES: {"route_to_lanes", "merge_lanes", "_two_lane_layer", "norm in _two_lane_layer"},
-    MIX: {"mix_with_embedding", "add_skip"},
-    ADD: {"_layer", "_parallel_layer", "norm in _layer", "norm in _parallel_layer", "norm in _layers"},
-    XSA: {"exclude_self", "gate_heads", "gate_logits"},
-    "loss": {"softcapped_cross_entropy", "check_range", "loss"},
-    "weights": {"_bank", "_weights"},
-    QK: {"rotate", "rotary_tables", "norm in _attend", "norm in _norm_and_rotate", "_norm_and_rotate", "_attend"},
-}
-CALLS = {"residual": MIX, "qk_norm_rope": QK, "xsa_gate": XSA}  # operations of ours that are a region, by part of name
-SMALL_FUNCTIONS = {"_cast", "_rows", "forward", "packed_documents", "rows_as_documents", "attention"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +40,7 @@ class Operation:
         return {**self.__dict__, **times}
 
 
-def compiled_operations(config: ModelConfig, looping: bool, tokens: int, length: int, packed: bool) -> list[Operation]:
-    kernels = compiled_kernels(config, looping, tokens, length, packed)
+def operations_of(kernels: Iterable[Kernel], length: int) -> list[Operation]:
     counts = Counter(operation_of(kernel, length) for kernel in kernels)
     return [Operation(**{**operation.__dict__, "count": count}) for operation, count in counts.items()]
 
@@ -69,56 +53,6 @@ def operation_of(kernel: Kernel, length: int) -> Operation:
     # The block's forward is two kernels: its down-projection reads the hidden tensor that the first has written.
     extra = kernel.shapes[0][0] * kernel.shapes[1][0] * 2 if kernel.operation == "pgolf.leaky_relu2_mlp" else 0
     return Operation(name, part, region, kernel.backward, kernel.bytes_moved + extra, flops(kernel, length))
-
-
-def classify(kernel: Kernel) -> tuple[str, str]:
-    """(class, region): from the operation, and for generated kernels from where in the model they come."""
-    called = kernel.operation
-    if "attention" in called:
-        return "attention", ""
-    if "cross_entropy" in called:
-        return "loss", ""
-    for part, region in CALLS.items():
-        if called.startswith("pgolf.") and part in called:
-            return GLUE[kernel.backward], region
-    found = functions(kernel)
-    region = next((region for region, names in FUNCTIONS.items() if names & found), "")
-    if called == "pgolf.weight_gradient" or "leaky_relu2" in called:
-        return "MLP", ""
-    if is_product(called) and min(map(min, kernel.shapes)) >= SMALLEST_FACTOR:
-        return ("MLP" if "leaky_relu2_mlp" in found else "matrix products"), ""
-    if not region:
-        region = "weights" if found <= SMALL_FUNCTIONS else OTHER
-    if region in ("loss", "weights"):
-        return region, ""
-    if region in (MIX, ADD):
-        region = residual_region(region, found, kernel.backward)
-    return GLUE[kernel.backward], region
-
-
-def residual_region(region: str, found: set[str], backward: bool) -> str:
-    """Between attention and MLP, or between MLP and attention: a kernel also names what it takes from a product, and
-    either place may compute the layer's mix again."""
-    after_attention, after_mlp = "_attend" in found, "leaky_relu2_mlp" in found
-    if after_attention == after_mlp:
-        return region
-    return ADD if after_attention != backward else MIX
-
-
-def functions(kernel: Kernel) -> set[str]:
-    """Where each operation of a kernel was written; of a norm also who asked for it, past the stream's class."""
-    passed_over = ("stream.py", "<genexpr>")
-    found = set()
-    for frames in kernel.sources:
-        calls = [frame.split(":") for frame in frames]
-        names = [name for file, name in calls if file not in passed_over and name not in passed_over]
-        if names:
-            found.add(f"norm in {names[-2]}" if names[-1] == "norm" and len(names) > 1 else names[-1])
-    return found
-
-
-def is_product(called: str) -> bool:
-    return called.split(".")[-2:-1] in (["mm"], ["addmm"], ["bmm"]) or called in ("mm", "addmm", "bmm")
 
 
 def flops(kernel: Kernel, length: int) -> int:
@@ -138,15 +72,38 @@ def flops(kernel: Kernel, length: int) -> int:
     return 0
 
 
-def fused_operations(
-    operations: Iterable[Operation], config: ModelConfig, looping: bool, tokens: int
+def has_one_product(kernels: Iterable[Kernel], config: ModelConfig) -> bool:
+    """Whether q, k and v (and perhaps a gate) come from one matrix product; one of this width alone may be the head."""
+    width = config.model_dim + 2 * config.num_kv_heads * config.head_dim
+    forward = (k.shapes[-2:] for k in kernels if not k.backward and is_product(k.operation))
+    return sum(a[-1] == config.model_dim and width <= b[-1] < width + GATES_AND_PADDING for a, b in forward) > 1
+
+
+def total_bytes(operations: Iterable[Operation], parts: tuple[str, ...] = CLASSES[:-1]) -> float:
+    """Of memory; what travels between GPUs does not count."""
+    return sum(o.count * o.bytes_moved for o in operations if o.part in parts)
+
+
+def totals(operations: Iterable[Operation], parts: tuple[str, ...] = CLASSES) -> dict:
+    mine = [o for o in operations if o.part in parts]
+    return {
+        "kernels": sum(o.count for o in mine),
+        "bytes": total_bytes(mine),
+        "flops": sum(o.count * o.flops for o in mine),
+        **{f"{device}_ms": sum(o.milliseconds(device) for o in mine) for device in BANDWIDTH},
+    }
+
+
+def least_operations(
+    operations: Iterable[Operation], config: ModelConfig, looping: bool, tokens: int, one_product: bool
 ) -> list[Operation]:
     """The same step with each glue region in one kernel a pass; what belongs to no region stays."""
     kept = [operation for operation in operations if operation.region not in REGIONS]
     counts: Counter[Operation] = Counter()
-    for place in fused_passes(config, looping, tokens):
+    for place in fused_passes(config, looping, tokens, one_product):
         for backward, size in enumerate((place.forward_bytes, place.backward_bytes)):
-            counts[Operation(f"fused {place.region}", GLUE[backward], place.region, bool(backward), size, 0)] += 1
+            if size:
+                counts[Operation(f"fused {place.region}", GLUE[backward], place.region, bool(backward), size, 0)] += 1
     return kept + [Operation(**{**operation.__dict__, "count": count}) for operation, count in counts.items()]
 
 

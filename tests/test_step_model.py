@@ -11,8 +11,11 @@ import compiled_step
 import fused_glue
 import step_model
 import step_operations
+import step_regions
+import step_savings
 
 from pgolf.model import ModelConfig
+from pgolf.model.glue import OPERATIONS
 from pgolf.settings import Settings
 
 TOKENS, LENGTH, DIM, HEADS, KV_HEADS, HIDDEN, VOCAB = 8192, 1024, 256, 4, 2, 512, 512
@@ -47,21 +50,32 @@ def kernels():
     return compiled_step.compiled_kernels(CONFIG, False, TOKENS, LENGTH, packed=True)
 
 
+@pytest.fixture(scope="module")
+def fused_kernels():
+    return compiled_step.compiled_kernels(CONFIG, False, TOKENS, LENGTH, True, OPERATIONS)
+
+
 @pytest.fixture
-def phases(kernels, monkeypatch):
-    monkeypatch.setattr(step_operations, "compiled_kernels", lambda *_: kernels)
+def phases(kernels, fused_kernels, monkeypatch):
+    def traced(function, jobs):
+        assert function is compiled_step.compiled_kernels
+        return [fused_kernels if job[5] else kernels for job in jobs]
+
+    monkeypatch.setattr(step_model, "side_by_side", traced)
     return step_model.make_phases(SETTINGS, TOKENS, 8)
 
 
 def test_flops_of_products_and_attention(phases):
     (phase,) = phases
     matrices = sum(math.prod(shape) for name, shape in CONFIG.shapes().items() if name.endswith("_bank"))
-    products = step_model.totals(phase.compiled, ("matrix products", "MLP"))["flops"]
-    assert products == 6 * TOKENS * (matrices + VOCAB * DIM)
-    gates = step_model.totals(phase.compiled, step_operations.GLUE)["flops"]
-    assert gates == 6 * TOKENS * 12 * (2 * HEADS + 1)
     scores = TOKENS * LENGTH // 2 * DIM
-    assert step_model.totals(phase.compiled, ("attention",))["flops"] == 2 * (2 + 5) * 2 * scores
+    for operations in (phase.plain, phase.fused):
+        products = step_operations.totals(operations, ("matrix products", "MLP"))["flops"]
+        assert 1 <= products / (6 * TOKENS * (matrices + VOCAB * DIM)) < 1.05  # a gate and padding may be a part
+        assert step_operations.totals(operations, ("MLP",))["flops"] == 6 * TOKENS * 2 * 2 * DIM * HIDDEN
+        assert step_operations.totals(operations, ("attention",))["flops"] == 2 * (2 + 5) * 2 * scores
+    gates = step_operations.totals(phase.plain, step_regions.GLUE)["flops"]
+    assert gates == 6 * TOKENS * 12 * (2 * HEADS + 1)
 
 
 def test_bytes_of_known_kernels(kernels):
@@ -82,13 +96,13 @@ def test_bytes_of_known_kernels(kernels):
 
     # The first layer's residual add before the MLP: attention's output and x0, which the compiler keeps in float32 and
     # mixes once more, in; the stream and its norm out; a statistic of each norm, the mix's two rows.
-    adds = [k.bytes_moved for k in kernels if not k.backward and step_operations.classify(k)[1] == fused_glue.ADD]
+    adds = [k.bytes_moved for k in kernels if not k.backward and step_regions.classify(k)[1] == fused_glue.ADD]
     assert adds == [5 * X + 2 * 4 * TOKENS + 2 * 2 * DIM]
     # The gain of q has a kernel of its own: what the compiler leaves to be won.
     copies = [
         k.bytes_moved
         for k in kernels
-        if not k.backward and step_operations.functions(k) == {"_attend", "_cast", "_norm_and_rotate", "_rows"}
+        if not k.backward and step_regions.functions(k) == {"_attend", "_cast", "_norm_and_rotate", "_rows"}
     ]
     assert copies == [2 * X + 2 * HEADS] * 2 or copies == [2 * X + 4 * HEADS] * 2
 
@@ -97,41 +111,160 @@ def test_bytes_are_those_of_the_scheduler(kernels):
     generated = [kernel for kernel in kernels if not kernel.operation]
     assert len(generated) > 50
     for kernel in generated:
-        if "rotate" not in step_operations.functions(kernel):  # of a head only the dimensions that turn are read
+        if "rotate" not in step_regions.functions(kernel):  # of a head only the dimensions that turn are read
             assert kernel.bytes_moved == pytest.approx(kernel.scheduler_bytes, rel=0.02, abs=100_000)
-    rotations = [k for k in generated if "rotate" in step_operations.functions(k) and not k.backward]
+    rotations = [k for k in generated if "rotate" in step_regions.functions(k) and not k.backward]
     assert sum(k.bytes_moved for k in rotations) < 0.9 * sum(k.scheduler_bytes for k in rotations)
 
 
 def test_every_kernel_finds_its_place(phases):
     (phase,) = phases
     rows = {row["region"]: row for row in phase.regions()}
-    assert set(rows) >= set(fused_glue.REGIONS)
-    other = step_model.total_bytes([o for o in phase.compiled if o.region == step_operations.OTHER])
-    assert other <= 0.02 * step_model.total_bytes(phase.compiled, step_operations.GLUE)
-    for region in set(fused_glue.REGIONS) - {fused_glue.MIX}:  # the first layer's mix is in the embedding's kernel
-        assert rows[region]["compiled_forward_bytes"] > 0
-        assert rows[region]["compiled_backward_bytes"] > 0
-    assert 0 < phase.glue_ratio < phase.bytes_ratio < 1
-    parts = sum(step_model.total_bytes(phase.compiled, (part,)) for part in step_operations.CLASSES[:-1])
-    assert parts == step_model.total_bytes(phase.compiled)
+    sums = {fused_glue.SUM_X0, fused_glue.SUM_DY}  # of the plain step they are in other regions' kernels
+    assert set(rows) >= set(fused_glue.REGIONS) - {fused_glue.SUM_DY}
+    for region in set(fused_glue.REGIONS) - {fused_glue.MIX, *sums}:  # the first layer's mix is in the embedding's
+        assert rows[region]["plain_forward_bytes"] > 0
+        assert rows[region]["plain_backward_bytes"] > 0
+    for side, operations in phase.sides().items():
+        glue = step_operations.total_bytes(operations, step_regions.GLUE)
+        other = step_operations.total_bytes([o for o in operations if o.region == step_regions.OTHER])
+        assert other <= 0.02 * glue
+        found = sum(row[f"{side}_{pass_}_bytes"] for row in rows.values() for pass_ in ("forward", "backward"))
+        assert found == pytest.approx(glue)
+        parts = sum(step_operations.total_bytes(operations, (part,)) for part in step_regions.CLASSES[:-1])
+        assert parts == step_operations.total_bytes(operations)
+    assert phase.ratio("least") < phase.ratio("fused") < 1
+    assert phase.ratio("fused", step_regions.GLUE) < phase.ratio("fused")
 
 
-def test_fused_bytes_by_hand():
-    passes = fused_glue.fused_passes(CONFIG, False, TOKENS)
+def test_our_operations_are_counted(fused_kernels, phases):
+    """Each in its region with the bytes of its contract."""
+
+    def found(operation, backward, region):
+        mine = [
+            k
+            for k in fused_kernels
+            if k.operation.removesuffix("_backward") == f"pgolf.{operation}"
+            and k.backward == backward
+            and step_regions.classify(k) == (step_regions.GLUE[backward], region)
+        ]
+        assert mine
+        return [kernel.bytes_moved / X for kernel in mine]
+
+    few = 0.05  # parameters, logits of gates, rotary tables
+    assert found("xsa_gate", False, fused_glue.XSA) == [pytest.approx(2.5, abs=few)] * 2
+    assert found("xsa_gate", True, fused_glue.XSA) == [pytest.approx(4, abs=few)] * 2
+    adds = found("residual_rms_norm", False, fused_glue.ADD)
+    assert pytest.approx(4, abs=few) in adds  # x, branch -> x', y
+    assert pytest.approx(3, abs=few) in found("residual_rms_norm", False, fused_glue.MIX)  # x0 is the stream -> m, y
+
+
+@pytest.mark.parametrize(("one_product", "further"), [(False, 2), (True, 0)])
+def test_least_bytes_by_hand(one_product, further):
+    passes = fused_glue.fused_passes(CONFIG, False, TOKENS, one_product)
     table = VOCAB * DIM
+    dv = 1.5  # two gradients of v become one
+    heads = [(fused_glue.QK, 3, 4.5 + dv * one_product), (fused_glue.XSA, 2.5, 4 + dv * (not one_product))]
     assert [(p.region, p.forward_bytes / X, p.backward_bytes / X) for p in passes[1:]] == [
-        (fused_glue.MIX, 3, 7),  # x0 -> m, y; dm, three dy, x0, d x0 -> d x0
-        (fused_glue.QK, 3, 4.5),
-        (fused_glue.XSA, 2.5, 5.5),
+        (fused_glue.MIX, 3, 4),  # x0 -> m, y; dm, dy, x0 -> d x0
+        *heads,
         (fused_glue.ADD, 4, 4),
-        # x, branch, x0, skip -> both lanes, y, y'; both dlanes, three dy, dy', u, x0, skip, d x0 -> du, d x0, dskip
-        (fused_glue.LANES, 8, 13),
-        (fused_glue.QK, 3, 4.5),
-        (fused_glue.XSA, 2.5, 5.5),
+        # x, branch, x0, skip -> both lanes, y, y'; both dlanes, dy, dy', u, x0, skip -> du, d x0, dskip
+        (fused_glue.LANES, 8, 10),
+        *heads,
         (fused_glue.LANES, 5, 9),
+        (fused_glue.SUM_X0, 0, 2),
+        (fused_glue.SUM_DY, 0, 2 * further),
     ]
     assert (passes[0].forward_bytes, passes[0].backward_bytes) == (X + 2 * table, X + 20 * table)
+
+
+def kernel(operation="", backward=True, shapes=(), calls=(), **more):
+    sources = frozenset(tuple(f"{name}.py:{name}" for name in names) for names in calls)
+    return compiled_step.Kernel(operation, backward, X, X, shapes, sources, **more)
+
+
+@pytest.mark.parametrize(
+    ("found", "region"),
+    [
+        (kernel("pgolf.residual_rms_norm", shapes=((TOKENS, DIM),) * 2), fused_glue.ADD),
+        (kernel("pgolf.residual_rms_norm", shapes=((TOKENS, DIM),) * 3 + ((2, DIM),)), fused_glue.MIX),
+        (
+            kernel(
+                "pgolf.residual_rms_norm", shapes=((TOKENS, DIM),), calls=[("_two_lane_layer", "residual_sum_rms_norm")]
+            ),
+            fused_glue.LANES,
+        ),
+        (
+            kernel(
+                "pgolf.residual_rms_norm",
+                shapes=((TOKENS, DIM),) * 3 + ((3, DIM),),
+                calls=[("_layers", "merged_norm", "residual_sum_rms_norm")],
+            ),
+            fused_glue.LANES,
+        ),
+        (kernel("pgolf.two_lane_rms_norm_backward"), fused_glue.LANES),
+        (kernel("pgolf.embedding_smear_norm"), fused_glue.EMBED),
+        (kernel("pgolf.qkv_norm_rope_backward"), fused_glue.QK),
+        (kernel(only_sums=True, reads_of=("aten.mm.out",) * 3, calls=[("_attend", "gate_logits")]), fused_glue.SUM_DY),
+        (kernel(reads_of=("pgolf.residual_rms_norm_backward",) * 5, calls=[("_embed", "norm")]), fused_glue.SUM_X0),
+        (
+            kernel(only_sums=True, reads_of=("pgolf_bench.attention_backward", "pgolf.xsa_gate_backward")),
+            fused_glue.XSA,
+        ),
+        (kernel(calls=[("_layer", "exclude_self")]), fused_glue.XSA),
+        (kernel("pgolf.something_new"), step_regions.OTHER),
+    ],
+)
+def test_regions(found, region):
+    assert step_regions.classify(found) == (step_regions.GLUE[1], region)
+
+
+def test_products_of_mlp_and_others():
+    shapes = ((TOKENS, DIM), (TOKENS, HIDDEN))
+    inside = kernel("pgolf.weight_gradient", shapes=shapes, calls=[("_mlp", "leaky_relu2_mlp")])
+    assert step_regions.classify(inside) == ("MLP", "")
+    both = [("_mlp", "leaky_relu2_mlp"), ("_attend",)]
+    output = kernel("aten.mm.out", shapes=((TOKENS, DIM), (DIM, DIM)), calls=both)
+    assert step_regions.classify(output) == ("matrix products", "")
+    assert step_regions.classify(kernel("pgolf.weight_gradient", shapes=shapes)) == ("matrix products", "")
+
+
+def test_one_product_of_q_k_and_v_is_seen():
+    width = DIM + 2 * KV_HEADS * 64 + 64  # a gate, and padding
+    product = kernel("aten.mm.out", False, ((TOKENS, DIM), (DIM, width)))
+    assert step_operations.has_one_product([product] * 2, CONFIG)
+    assert not step_operations.has_one_product([product], CONFIG)  # the head may be as wide
+    assert not step_operations.has_one_product([kernel("aten.mm.out", False, ((TOKENS, DIM), (DIM, DIM)))] * 2, CONFIG)
+
+
+def test_what_is_not_built(phases):
+    (phase,) = phases
+    saved = {saving.name: saving for saving in phase.savings}
+    weights = 2 * DIM * HIDDEN
+    mlp, head = saved["MLP in chunks of tokens"], saved["head and loss in chunks"]
+    # x, h | h, y; dy, h, dz | dz, dx | dz, x | dy, h with h = 2 X, instead of x, h, y and dy, h, x, dx.
+    assert mlp.bytes_moved == pytest.approx(2 * (20 - 9) * X, abs=20 * weights)
+    logits = TOKENS * VOCAB * 2
+    assert head.bytes_moved == pytest.approx(6 * logits + X, rel=0.02)  # three products, three passes of the loss
+    left = step_operations.total_bytes(phase.fused) - sum(saving.bytes_moved for saving in phase.savings)
+    assert phase.unbuilt()["bytes"] == pytest.approx(left)
+    matrices = step_operations.totals(phase.plain, ("matrix products", "attention", "MLP"))["flops"]
+    assert phase.unbuilt()["h200_ms"] > 1e3 * matrices / step_model.PEAK_FLOPS
+
+
+def test_chunks_of_the_mlp():
+    record = ModelConfig.of(step_model.resolve("record", None, 8)[0])
+    chunks = step_savings.mlp_chunks(record, True, 98_304)
+    assert chunks.live_bytes <= step_savings.OURS * step_savings.L2_BYTES
+    assert chunks.launches == 17 * 6 * math.ceil(98_304 / chunks.tokens)
+    assert 0.9 < chunks.fill <= 1
+    assert step_savings._fill(128, 128) == 4 / 132  # one tile, its sum over four blocks
+    assert step_savings._fill(2048, 2048) == 128 / 132
+
+
+def test_jobs_side_by_side():
+    assert step_model.side_by_side(math.gcd, [(12, 18), (7, 5)]) == [6, 1]
 
 
 def test_looped_layers_are_counted_each_time():
@@ -155,7 +288,7 @@ def test_elements_that_an_index_touches():
 
 
 def test_what_travels(phases):
-    sent = {o.name: o.bytes_moved for o in phases[0].compiled if o.part == "communication"}
+    sent = {o.name: o.bytes_moved for o in phases[0].plain if o.part == "communication"}
     weights = sum(math.prod(shape) for name, shape in CONFIG.shapes().items() if name.endswith("_bank"))
     scatter, gather, reduce = sent.values()
     assert scatter == 2 * gather
@@ -167,7 +300,7 @@ def test_what_travels(phases):
 
 def test_steps_in_the_budget(phases):
     settings = SETTINGS.model_copy(update={"gptq_reserve_seconds": 0.0, "enable_looping_at": 0.25})
-    both = [step_model.Phase(name, 1, [], []) for name in ("pre-loop", "loop")]
+    both = [step_model.Phase(name, 1, [], [], []) for name in ("pre-loop", "loop")]
     assert step_model.steps_in_budget(both, settings, {"pre-loop": 100, "loop": 150}) == 1500 + 3000
     assert step_model.steps_in_budget(both[:1], settings, {"pre-loop": 100}) == 6000
     logged = settings.model_copy(update={"enable_looping_at": 0.35, "gptq_reserve_seconds": 0.5})
@@ -181,17 +314,21 @@ def test_the_command(phases, monkeypatch, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert (answer["tokens"], answer["gpus"], list(answer["phases"])) == (TOKENS, 8, ["pre-loop"])
     phase = answer["phases"]["pre-loop"]
-    for side in ("compiled", "fused"):
-        assert set(phase[side]["classes"]) == set(step_operations.CLASSES)
+    for side in ("plain", "fused", "least"):
+        assert set(phase[side]["classes"]) == set(step_regions.CLASSES)
         for device in ("h100", "h200"):
             parts = sum(part[f"{device}_ms"] for part in phase[side]["classes"].values())
             assert phase[side]["total"][f"{device}_ms"] == pytest.approx(parts)
             assert sum(o[f"{device}_ms"] for o in phase[side]["operations"]) == pytest.approx(parts)
     saved = [row["saved_bytes"] for row in phase["regions"]]
     assert saved == sorted(saved, reverse=True)
-    assert phase["bytes_ratio"] == pytest.approx(phase["fused"]["total"]["bytes"] / phase["compiled"]["total"]["bytes"])
+    ratio = phase["fused"]["total"]["bytes"] / phase["plain"]["total"]["bytes"]
+    assert phase["bytes_ratio"]["fused"] == pytest.approx(ratio)
+    assert phase["not_built"]["total"]["bytes_ratio"] < phase["bytes_ratio"]["least"]
     assert step_model.main(["--kernels"]) == 0
-    assert "steps in 600 s" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "steps in 600 s" in report
+    assert "With all of these" in report
 
 
 @pytest.mark.parametrize(
