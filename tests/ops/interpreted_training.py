@@ -123,7 +123,7 @@ def test_the_fused_glue_trains_like_the_plain_functions(interpreted):
 )
 def test_one_product_for_q_k_v_and_gate_changes_nothing(changes, interpreted):
     """Loss and all gradients in float32, of packed documents, every parameter random."""
-    model = random_model({"NUM_LAYERS": "1", **changes})
+    model = random_model({"NUM_LAYERS": "1", "PARALLEL_START_LAYER": "0", **changes})
     tokens, targets = torch.randint(CLASSES, (2, 1, 17))
     batch = tokens, targets, "mean", torch.tensor([0, 5, 6, 17], dtype=torch.int32), 11
     plain = loss_and_gradients(model, *batch)

@@ -33,7 +33,7 @@ def test_available_names_every_operation_and_backend():
     table = ops.available()
     assert set(table) == {
         "embedding_smear_norm", "gptq", "gptq_refine", "leaky_relu2_mlp", "linear_softcapped_cross_entropy",
-        "newton_schulz", "pack_bits", "qk_norm_rope", "residual_rms_norm", "softcapped_cross_entropy",
+        "newton_schulz", "pack_bits", "qk_norm_rope", "qkv_norm_rope", "residual_rms_norm", "softcapped_cross_entropy",
         "trellis_dequantize", "trellis_quantize", "two_lane_rms_norm", "unpack_bits", "unpack_dequantize", "xsa_gate",
     }  # fmt: skip
     for op, row in table.items():
