@@ -182,6 +182,7 @@ DEMO: dict[str, Any] = {
     "qk_gain_init": 4.0,
     "xsa_last_n": 3,
     "smear_gate_enabled": True,
+    "parallel_start_layer": 1,
     "max_wallclock_seconds": 130.0,
     "gptq_reserve_seconds": 6.0,
     "train_batch_tokens": 4096,

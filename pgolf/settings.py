@@ -62,7 +62,7 @@ class Settings(BaseModel):
     loop_start: int = Field(0, ge=0)  # from this one
     loop_end: int = Field(0, ge=0)  # to this one
     parallel_residual_start: int = Field(-1, ge=-1)  # attention and MLP side by side from this layer on; -1: none
-    parallel_start_layer: int = Field(0, ge=0)  # two lanes from this layer on; 0: none
+    parallel_start_layer: int = Field(0, ge=0)  # two lanes from this layer of the second half on; 0: none
     parallel_final_lane: Literal["mean", "attn", "mlp"] = "mean"
 
     # embeddings and logits
@@ -221,11 +221,11 @@ class Settings(BaseModel):
             f"PARALLEL_START_LAYER={self.parallel_start_layer} and "
             f"PARALLEL_RESIDUAL_START={self.parallel_residual_start}: only one form of parallel residuals at once",
         )
-        first = max(layers // 2, self.loop_end + 1 if self.num_loops else 0)
+        first = self.loop_end + 1 if self.num_loops else 1
         need(
             not self.parallel_start_layer or first <= self.parallel_start_layer < layers,
-            f"PARALLEL_START_LAYER={self.parallel_start_layer}: must be 0 or {first} to {layers - 1}, "
-            "in the second half and after the loop",
+            f"PARALLEL_START_LAYER={self.parallel_start_layer}: must be 0, or after the loop and a layer: {first} to "
+            f"NUM_LAYERS - 1 = {layers - 1}",
         )
         need(
             not (self.attn_out_gate_enabled and self.sparse_attn_gate_enabled),

@@ -43,7 +43,14 @@ def tiny():
     """(model, Hessians, token rows, settings) of random weights."""
     torch.manual_seed(0)
     settings = load_settings(
-        {"PRESET": "demo", "VOCAB_SIZE": "300", "MODEL_DIM": "64", "NUM_LAYERS": "1", "TRAIN_SEQ_LEN": "32"}
+        {
+            "PRESET": "demo",
+            "VOCAB_SIZE": "300",
+            "MODEL_DIM": "64",
+            "NUM_LAYERS": "1",
+            "TRAIN_SEQ_LEN": "32",
+            "PARALLEL_START_LAYER": "0",
+        }
         | {"TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "512"}
     )
     model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(0))

@@ -153,7 +153,14 @@ def test_soft_rounding_goes_from_identity_to_rounding_and_has_its_own_gradient()
     )
 
 
-SMALL = {"PRESET": "demo", "VOCAB_SIZE": "64", "MODEL_DIM": "32", "NUM_LAYERS": "1", "DTYPE": "float32"}
+SMALL = {
+    "PRESET": "demo",
+    "VOCAB_SIZE": "64",
+    "MODEL_DIM": "32",
+    "NUM_LAYERS": "1",
+    "PARALLEL_START_LAYER": "0",
+    "DTYPE": "float32",
+}
 
 
 def make_model(**environ) -> tuple[Model, Settings]:

@@ -48,7 +48,7 @@ def test_every_field_is_set_by_its_upper_case_name():
         ({"NUM_LOOPS": "1", "LOOP_START": "2", "LOOP_END": "3"}, ["LOOP_END=3", "0 to 2"]),
         ({"NUM_LOOPS": "999", "LOOP_END": "1"}, ["NUM_LOOPS=999", "1000"]),
         ({"PARALLEL_START_LAYER": "2", "PARALLEL_RESIDUAL_START": "1"}, ["PARALLEL_START_LAYER=2", "only one form"]),
-        ({"PARALLEL_START_LAYER": "3"}, ["PARALLEL_START_LAYER=3", "1 to 2", "second half"]),
+        ({"PARALLEL_START_LAYER": "3"}, ["PARALLEL_START_LAYER=3", "1 to NUM_LAYERS - 1 = 2"]),
         ({"ATTN_OUT_GATE_ENABLED": "1", "SPARSE_ATTN_GATE_ENABLED": "1"}, ["ATTN_OUT_GATE_ENABLED", "one gate"]),
         ({"GATE_WINDOW": "300"}, ["GATE_WINDOW=300", "MODEL_DIM"]),
         ({"VE_LAYERS": "1,3"}, ["VE_LAYERS='1,3'", "below NUM_LAYERS=3"]),

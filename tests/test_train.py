@@ -189,7 +189,7 @@ def test_what_a_run_goes_through_is_compiled_in_warm_up(trainer, monkeypatch):
     """Sequence length, depth recurrence and rounding change on the way, the compiler has seen all of it, and each
     change does something: in the #549 lineage a late switch was dead code, traced once as off (#2072)."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    t = trainer(**STAGES, COMPILE="on", NUM_LAYERS="1", MATRIX_BITS="3")
+    t = trainer(**STAGES, COMPILE="on", NUM_LAYERS="1", PARALLEL_START_LAYER="0", MATRIX_BITS="3")
     before = weights(t)
     t.warm_up()
     assert torch.equal(weights(t), before)

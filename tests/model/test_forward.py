@@ -90,6 +90,12 @@ def test_either_lane_may_be_the_last(lane, random_model):
     torch.testing.assert_close(model(tokens[None])[0], plain_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
+def test_two_lanes_begin_in_the_second_half_at_the_earliest(small_config):
+    for layers, start, first in ((6, 1, 3), (6, 4, 4), (3, 1, 1), (2, 1, 1)):
+        config = small_config(num_layers=layers, parallel_start_layer=start)
+        assert [visit.layer for visit in config.visits(False) if config.two_lanes(visit)] == list(range(first, layers))
+
+
 def test_a_technique_that_is_off_has_no_parameters(small_config):
     plain = {
         "embedding",
