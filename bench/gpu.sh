@@ -144,13 +144,15 @@ part static_report static.log 60 "$python" bench/static_report.py --json "$work/
 if [ -n "${PGOLF_RECORD_STEP:-}" ]; then
   part record_step record_step.log 900 "$python" -m pytest bench/bench_record_step.py -q \
     --benchmark-json="$out/record_step.json"
+  profiled=(--preset pr1855) trained=(pr1493 pr1855)
+  if [ -n "$quick" ]; then profiled=(--preset demo --steps 1) trained=(); fi
   for glue in off on; do
     for phase in "" --first-phase; do
-      part "profile_glue_$glue$phase" record_step.log 240 "$python" bench/step_profile.py ${phase:+"$phase"} \
-        --json "$out/profile_glue_$glue$phase.json" FUSED_GLUE=$glue
+      part "profile_glue_$glue$phase" record_step.log 240 "$python" bench/step_profile.py "${profiled[@]}" \
+        ${phase:+"$phase"} --json "$out/profile_glue_$glue$phase.json" FUSED_GLUE=$glue
     done
   done
-  for preset in pr1493 pr1855; do
+  for preset in ${trained[@]+"${trained[@]}"}; do
     train "$preset" "$preset" 420 VOCAB_SIZE=1024 TRAIN_BATCH_TOKENS=98304
     cp "$work/runs/$preset/summary.json" "$out/run_$preset.json" || failed=1
   done

@@ -38,7 +38,7 @@ PATTERNS = (
     ("loss", r"cross_entropy|softcapped|_ce_fwd|_ce_bwd|log_softmax|nll_loss"),
     ("optimiser", r"multi_tensor|FusedAdam|_foreach|_fused_adam|newton_schulz|symmetric_product|row_sums_kernel"),
     ("products", r"gemm|nvjet|cutlass|cublas|splitK|aten::(mm|bmm|addmm|baddbmm)$"),
-    ("glue", r"residual_rms_norm|qk_norm_rope|xsa_gate|smear|elementwise|reduce_kernel|CatArray|index|aten::"),
+    ("glue", r"rms_norm|norm_rope|xsa_gate|smear|elementwise|reduce_kernel|CatArray|index|aten::"),
 )
 NAMES = (*dict.fromkeys(part for part, _ in PATTERNS), "other")
 
