@@ -112,7 +112,7 @@ else
 fi
 
 part build build.log 100 "$python" -m pip install --no-build-isolation --no-deps -e .
-part doctor build.log 30 "$python" -m pgolf.cli doctor
+part doctor build.log 30 "$python" -m pgolf doctor
 
 if [ -n "${PGOLF_ALL_TESTS:-}" ]; then
   part tests tests.log 600 "$python" -m pytest -q --continue-on-collection-errors
@@ -128,7 +128,7 @@ part benchmarks bench.log 260 "$python" -m pytest bench/ -q --benchmark-json="$w
 
 seconds=60 preset=baseline
 if [ -n "$quick" ]; then seconds=10 preset=demo; fi
-part data run.log 60 "$python" -m pgolf.cli data demo
+part data run.log 60 "$python" -m pgolf data demo
 # train NAME PRESET SECONDS [SETTING=value...]: a part that trains on demo data.
 train() {
   local name=$1 preset=$2 limit=$3

@@ -4,8 +4,6 @@ A "problem" stops something that pgolf is for on such a machine; a "note" only l
 healthy.
 """
 
-import argparse
-import json
 import os
 import platform
 import re
@@ -374,19 +372,3 @@ DESCRIBE = {
     "machine": _describe_machine,
     "data": _describe_data,
 }
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 when something is stopped, else 0."""
-    report = collect()
-    print(json.dumps(report, indent=2) if arguments.json else as_text(report))
-    return 0 if report["ok"] else 1
-
-
-def add_doctor_parser(commands: Any) -> None:
-    """Add `doctor` to the subparsers of a command line; `arguments.run(arguments)` runs it."""
-    parser = commands.add_parser(
-        "doctor", help="check this machine; every problem comes with the command that mends it"
-    )
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
-    parser.set_defaults(run=run)

@@ -10,6 +10,8 @@ from typing import Any
 
 DEMO_DATA_PATH = "data/datasets/demo_sp1024"
 DEMO_TOKENIZER_PATH = "data/tokenizers/demo_1024_bpe.model"
+DEMO_VOCAB_SIZE = 1024
+DEFAULT_TRAIN_SHARDS = 80  # of the challenge's FineWeb sample, as its own downloader fetches
 # The community's layout, which `pgolf data download` makes.
 FINEWEB = {
     "sp1024": "data/datasets/fineweb10B_sp1024",

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from pgolf.cli import main, scoring_of
+from pgolf.cli import main
+from pgolf.cli.eval import scoring_of
 from pgolf.errors import PgolfError
 from pgolf.files import make_folder, write_json
 from pgolf.model import Model, ModelConfig

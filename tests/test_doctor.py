@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pgolf import doctor, probes
+from pgolf.cli import doctor as cli_doctor
 from pgolf.data.shards import write_shard
 
 SECTIONS = [
@@ -89,7 +90,7 @@ def report_of(found):
 
 def doctor_status(capsys, *arguments):
     parser = argparse.ArgumentParser()
-    doctor.add_doctor_parser(parser.add_subparsers())
+    cli_doctor.add_parser(parser.add_subparsers())
     parsed = parser.parse_args(["doctor", *arguments])
     status = parsed.run(parsed)
     return status, capsys.readouterr().out

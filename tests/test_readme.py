@@ -23,7 +23,7 @@ def as_a_user(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     programs = folder / "bin"
     programs.mkdir()
-    for name, arguments in (("python", ""), ("pgolf", "-m pgolf.cli"), ("torchrun", "-m torch.distributed.run")):
+    for name, arguments in (("python", ""), ("pgolf", "-m pgolf"), ("torchrun", "-m torch.distributed.run")):
         program = programs / name
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         program.chmod(program.stat().st_mode | stat.S_IXUSR)

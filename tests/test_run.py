@@ -126,7 +126,7 @@ def test_the_artifact_holds_no_pickle_and_names_its_model(finished):
 def test_a_stranger_gets_the_same_score(finished):
     folder, _ = finished
     result = subprocess.run(
-        [sys.executable, "-m", "pgolf.cli", "eval", str(folder), "--json", "--ngram", "adaptive"],
+        [sys.executable, "-m", "pgolf", "eval", str(folder), "--json", "--ngram", "adaptive"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -20,9 +20,9 @@ from pgolf.data.shards import read_token_count
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.errors import DataError, UserError
 from pgolf.files import make_folder, write_json
+from pgolf.presets import DEFAULT_TRAIN_SHARDS
 from pgolf.progress import progress
 
-DEFAULT_TRAIN_SHARDS = 80
 DEFAULT_PREFIX = "datasets"
 
 

@@ -27,9 +27,9 @@ from pgolf.data.shards import TOKENS_PER_SHARD, write_shard
 from pgolf.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, train_tokenizer
 from pgolf.errors import DataError, UserError
 from pgolf.files import make_folder, write_json
+from pgolf.presets import DEMO_VOCAB_SIZE
 from pgolf.progress import progress
 
-DEMO_VOCAB_SIZE = 1024
 DEMO_VAL_BYTES = 160_000
 FEW_FILES = 10  # with fewer files than this, each is cut into several documents
 CUT_CHARACTERS = 8_000

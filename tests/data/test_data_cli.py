@@ -3,15 +3,17 @@ import json
 
 import pytest
 
-from pgolf.data import cli
+from pgolf.cli import data as cli
+from pgolf.data.download import VARIANTS
 from pgolf.data.prepare import DataPaths
 from pgolf.data.shards import write_shard
 from pgolf.errors import DataError
+from pgolf.presets import FINEWEB
 
 
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser(prog="pgolf")
-    cli.add_data_parser(parser.add_subparsers(required=True))
+    cli.add_parser(parser.add_subparsers(required=True))
     arguments = parser.parse_args(["data", *map(str, words)])
     return arguments.run(arguments)
 
@@ -56,7 +58,8 @@ def test_download_passes_what_was_asked_for(demo, monkeypatch, capsys):
         asked.append((variant, root, train_shards))
         return DataPaths(demo.data_path, demo.tokenizer_path)
 
-    monkeypatch.setattr(cli, "download", download)
+    monkeypatch.setattr("pgolf.data.download.download", download)
+    assert list(FINEWEB) == list(VARIANTS), "what the command offers is what can be fetched"
     assert run("download", "--variant", "caseops", "--train-shards", "3", "--root", "x") == 0
     assert run("download") == 0
     assert asked == [("caseops", "x", 3), ("sp1024", "data", 80)]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pgolf.artifact import Artifact
 
 
-def add_artifact_parser(commands: Any) -> None:
-    """Add `artifact` and its own commands to `commands`, as `pgolf.data.cli.add_data_parser` does."""
+def add_parser(commands: Any) -> None:
+    """Add `artifact` and its own commands to the subparsers of a command line; `arguments.run(arguments)` runs one."""
     artifact = commands.add_parser("artifact", help="look into a .pgolf file, check it, compare its bytes")
     commands = artifact.add_subparsers(dest="artifact_command", required=True, metavar="COMMAND")
     for name, run, text in (

@@ -2,19 +2,16 @@
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pgolf.data.download import DEFAULT_TRAIN_SHARDS, VARIANTS, download
-from pgolf.data.inspect import inspect_folder
-from pgolf.data.prepare import DEMO_VOCAB_SIZE, DataPaths, prepare_demo, tokenize_files
-from pgolf.data.tokenizer import Tokenizer
+from pgolf.presets import DEFAULT_TRAIN_SHARDS, DEMO_VOCAB_SIZE, FINEWEB
+
+if TYPE_CHECKING:
+    from pgolf.data.prepare import DataPaths
 
 
-def add_data_parser(commands: Any) -> None:
-    """Add `data` and its own commands to `commands` (what `ArgumentParser.add_subparsers` returns).
-
-    The chosen handler is `arguments.run`: it takes the parsed arguments and returns the exit status.
-    """
+def add_parser(commands: Any) -> None:
+    """Add `data` and its own commands to the subparsers of a command line; `arguments.run(arguments)` runs one."""
     data = commands.add_parser("data", help="make, fetch and check training data")
     commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
@@ -40,7 +37,7 @@ def add_data_parser(commands: Any) -> None:
     tokenize.set_defaults(run=_tokenize)
 
     fetch = commands.add_parser("download", help="fetch FineWeb shards from Hugging Face")
-    fetch.add_argument("--variant", choices=list(VARIANTS), default="sp1024", help="default: %(default)s")
+    fetch.add_argument("--variant", choices=list(FINEWEB), default="sp1024", help="default: %(default)s")
     fetch.add_argument(
         "--train-shards",
         type=int,
@@ -59,10 +56,14 @@ def add_data_parser(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from pgolf.data.prepare import prepare_demo
+
     return _tell(prepare_demo(arguments.root))
 
 
 def _tokenize(arguments: argparse.Namespace) -> int:
+    from pgolf.data.prepare import tokenize_files
+
     return _tell(
         tokenize_files(
             arguments.files, arguments.out, arguments.vocab_size, arguments.tokenizer, arguments.val_fraction
@@ -71,11 +72,15 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _download(arguments: argparse.Namespace) -> int:
+    from pgolf.data.download import download
+
     return _tell(download(arguments.variant, arguments.root, arguments.train_shards))
 
 
-def _tell(paths: DataPaths) -> int:
+def _tell(paths: "DataPaths") -> int:
     """Print what to put before the training command."""
+    from pgolf.data.tokenizer import Tokenizer
+
     vocab_size = Tokenizer(paths.tokenizer_path).vocab_size
     print(f"DATA_PATH={paths.data_path} TOKENIZER_PATH={paths.tokenizer_path} VOCAB_SIZE={vocab_size}")
     return 0
@@ -83,6 +88,8 @@ def _tell(paths: DataPaths) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     """Status 1 when something is wrong."""
+    from pgolf.data.inspect import inspect_folder
+
     facts = inspect_folder(arguments.folder, arguments.tokenizer)
     if arguments.json:
         print(json.dumps(facts, indent=2))

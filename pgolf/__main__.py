@@ -1,0 +1,7 @@
+"""`python -m pgolf` is the `pgolf` command."""
+
+import sys
+
+from pgolf.cli import main
+
+sys.exit(main())

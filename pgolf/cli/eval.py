@@ -1,0 +1,98 @@
+"""`pgolf eval`: score an artifact on a validation split."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pgolf.errors import ArtifactError, DataError, UserError
+
+MIXINGS = ("adaptive", "dirichlet", "pyp", "tilt")  # of pgolf.ngram_cache, which needs torch
+
+
+def add_parser(commands: Any) -> None:
+    """Add `eval` to the subparsers of a command line; `arguments.run(arguments)` runs it."""
+    score = commands.add_parser("eval", help="score an artifact on a validation split")
+    score.add_argument("target", metavar="RUN_OR_ARTIFACT", help="a run's folder or a .pgolf file")
+    score.add_argument("--data-path", help="folder with *_val_*.bin shards (default: the run's)")
+    score.add_argument("--tokenizer-path", help="SentencePiece model (default: the run's)")
+    score.add_argument("--seq-len", type=int, help="tokens of context at most (default: the run's)")
+    score.add_argument("--stride", type=int, help="tokens scored by each further window (default: the run's)")
+    score.add_argument("--ngram", choices=MIXINGS, help="also with a causal n-gram cache, mixed so (default: without)")
+    score.add_argument("--json", action="store_true")
+    score.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from pgolf.artifact import read_artifact
+    from pgolf.attention import choose_attention
+    from pgolf.data.tokenizer import Tokenizer
+    from pgolf.dataset import validation_split
+    from pgolf.distributed import launch
+    from pgolf.evaluate import evaluate
+    from pgolf.evaluate_ngram import evaluate_ngram
+    from pgolf.machine import compute_dtype
+    from pgolf.quantize import model_from_artifact
+    from pgolf.run import read_settings
+    from pgolf.settings import load_settings
+
+    target = Path(arguments.target)
+    folder = target if target.is_dir() else target.parent
+    path = target / "model.pgolf" if target.is_dir() else target
+    if not path.is_file():
+        raise UserError(f"{target}: no artifact there; name a run's folder or a .pgolf file")
+    saved = read_settings(folder / "settings.json") if (folder / "settings.json").is_file() else None
+    data_path = arguments.data_path or (saved and saved.data_path)
+    tokenizer_path = arguments.tokenizer_path or (saved and saved.tokenizer_path)
+    if not data_path or not tokenizer_path:
+        raise UserError(f"{path}: no settings.json beside it; name --data-path and --tokenizer-path")
+    artifact = read_artifact(path)
+    tokenizer = Tokenizer(tokenizer_path)
+    if artifact.metadata.get("tokenizer_sha256") != tokenizer.sha256:
+        raise DataError(f"{tokenizer_path}: not the tokenizer that {path} was trained with (their SHA-256 differ)")
+    tokens, token_bytes = validation_split(data_path, tokenizer)
+    scoring = scoring_of(artifact.metadata.get("scoring"), arguments.seq_len, arguments.stride)
+    with launch() as ranks:
+        dtype = compute_dtype("auto", ranks.device)
+        attention = choose_attention("auto", ranks.device, dtype, scoring["seq_len"])
+        model = model_from_artifact(artifact, dtype, ranks.device, attention)
+        batch_tokens = saved.val_batch_size if saved else 65_536
+        if arguments.ngram:
+            chosen = {"ngram": arguments.ngram, "vocab_size": tokenizer.vocab_size, "val_batch_size": batch_tokens}
+            settings = (saved or load_settings({}, preset="baseline")).model_copy(update=chosen)
+            score, mixed = evaluate_ngram(model, tokens, token_bytes, settings, ranks, scoring)
+        else:
+            score, mixed = evaluate(model, tokens, token_bytes, batch_tokens=batch_tokens, ranks=ranks, **scoring), None
+    result = {
+        "artifact": str(path),
+        "artifact_bytes": artifact.bytes.total,
+        "val_tokens": score.tokens,
+        "val_bytes": score.bytes,
+        "val_loss": score.loss,
+        "val_bpb": score.bpb,
+        **({"val_bpb_ngram": mixed.bpb} if mixed else {}),
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        cached = f" ({mixed.bpb:.4f} with the n-gram cache)" if mixed else ""
+        print(
+            f"{path}: val_bpb {score.bpb:.4f}{cached}, val_loss {score.loss:.4f} nats a token, "
+            f"{score.tokens:,} tokens, {score.bytes:,} bytes of text, artifact {artifact.bytes.total:,} bytes"
+        )
+    return 0
+
+
+def scoring_of(stored: Any, seq_len: int | None, stride: int | None) -> dict[str, Any]:
+    """How an artifact wants to be scored, with what the command line says instead."""
+    scoring = {"stride": 0, "bos_id": None, **(stored if isinstance(stored, dict) else {})}
+    given = {"seq_len": seq_len, "stride": stride if stride is not None or seq_len is None else 0}
+    scoring |= {name: value for name, value in given.items() if value is not None}
+    length, stride, bos_id = (scoring.get(name) for name in ("seq_len", "stride", "bos_id"))
+    if type(length) is not int or length < 1:
+        raise UserError(f"--seq-len {length}: must be a whole number, at least 1")
+    if type(stride) is not int or not 0 <= stride <= length:
+        raise UserError(f"--stride {stride}: must be a whole number from 0 (no overlap) to --seq-len {length}")
+    if scoring.keys() != {"seq_len", "stride", "bos_id"} or not (bos_id is None or type(bos_id) is int):
+        raise ArtifactError("artifact: its metadata does not say how to score it")
+    return scoring
