@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pgolf import ops
 from pgolf.distributed import Pending, Ranks
-from pgolf.sharding import Exchange, Part, Plan
+from pgolf.sharding import Exchange, Part, Plan, as_bank
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 RENORMALIZE = {"none": (), "row": (-1,), "column": (-2,), "row_column": (-1, -2), "column_row": (-2, -1)}
@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        banks: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter],
         lr: float,
         momentum: float = 0.95,
         steps: int = 5,
@@ -58,12 +58,8 @@ class Muon(torch.optim.Optimizer):
         ranks: Ranks = ALONE,
         compiled: bool = False,
     ):
-        self.banks = list(banks)
-        for bank in self.banks:
-            if bank.ndim != 3:
-                raise ValueError(f"Muon takes banks (count, rows, columns); a parameter has shape {tuple(bank.shape)}")
-            if bank.dtype != self.banks[0].dtype:
-                raise ValueError(f"Muon takes banks of one dtype; these are {self.banks[0].dtype} and {bank.dtype}")
+        self.banks = list(params)
+        _check(self.banks)
         if renormalize not in RENORMALIZE:
             raise ValueError(f"renormalize: {renormalize!r} is not accepted; expected {', '.join(RENORMALIZE)}")
         defaults = {
@@ -95,7 +91,7 @@ class Muon(torch.optim.Optimizer):
 
     @cached_property
     def variance(self) -> Part:
-        shapes, rank = [tuple(bank.shape) for bank in self.banks], self.ranks.rank
+        shapes, rank = [tuple(as_bank(bank).shape) for bank in self.banks], self.ranks.rank
         plan = Plan(shapes, self.ranks.world_size, self.param_groups[0]["steps"], columns=1)  # type: ignore[arg-type]
         return Part(plan, rank, self.banks[0].detach().new_zeros(plan.ends[rank][-1]))
 
@@ -104,7 +100,10 @@ class Muon(torch.optim.Optimizer):
         """Send the gradients on their way."""
         for index, bank in enumerate(self.banks):
             if bank.grad is None:
-                raise RuntimeError(f"Muon: bank {index} of {len(self.banks)} has no gradient; all take part in a step")
+                raise RuntimeError(
+                    f"Muon: parameter {index} of {len(self.banks)}, {tuple(bank.shape)}, has no gradient; all "
+                    "take part in a step"
+                )
         self._scattering = self.exchange.begin_scatter()
 
     def own_gradients(self) -> list[Tensor]:
@@ -149,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         gathering[segment].wait()
         lr = self._scalar(group["lr"])
         for index, update in self.exchange.unpack(segment):
-            self._move(self.banks[index], update, lr, self.multipliers[index], group["weight_decay"])
+            self._move(as_bank(self.banks[index]), update, lr, self.multipliers[index], group["weight_decay"])
 
     def _scalar(self, number: float) -> float | Tensor:
         """For compiled code a 0-D tensor on the host: a changing number would be compiled again and again."""
@@ -167,8 +166,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Momentum, and variance, of whole banks: the same on every rank and at every number of ranks."""
+        """Momentum, and variance, of whole parameters: the same on every rank and at every number of ranks."""
         whole = {name: part.whole(self.ranks) for name, part in self._state().items()}
+        for banks in whole.values():
+            banks[:] = [bank.view(bank.shape[3 - p.ndim :]) for bank, p in zip(banks, self.banks, strict=True)]
         indices = list(range(len(self.banks)))
         group = {name: value for name, value in self.param_groups[0].items() if name != "params"}
         return {
@@ -187,12 +188,26 @@ class Muon(torch.optim.Optimizer):
                 part.take([state[i][name] for i in range(len(self.banks))])
 
 
-def _multipliers(banks: Sequence[Tensor], given: Sequence[float | Tensor] | None) -> list[Tensor]:
-    """(count, 1, 1) for each bank."""
+def _check(params: Sequence[Tensor]) -> None:
+    for index, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params[{index}]: expected a parameter, got {type(p).__name__}; one Muon has one group")
+        if p.ndim not in (2, 3):
+            raise ValueError(
+                f"params[{index}]: shape {tuple(p.shape)} is not accepted; Muon takes matrices (rows, columns) and "
+                "banks (count, rows, columns), and leaves the rest to AdamW or another optimiser"
+            )
+        if p.dtype != params[0].dtype:
+            raise ValueError(f"params[{index}]: dtype {p.dtype}, but params[0] is {params[0].dtype}; use one dtype")
+
+
+def _multipliers(params: Sequence[Tensor], given: Sequence[float | Tensor] | None) -> list[Tensor]:
+    """(count, 1, 1) for each parameter."""
+    banks = [as_bank(p) for p in params]
     if given is None:
         given = [1.0] * len(banks)
     if len(given) != len(banks):
-        raise ValueError(f"lr_multipliers: {len(given)} for {len(banks)} banks")
+        raise ValueError(f"lr_multipliers: {len(given)} for {len(banks)} parameters")
     result = []
     for index, (bank, multiplier) in enumerate(zip(banks, given, strict=True)):
         multiplier = torch.as_tensor(multiplier, dtype=bank.dtype, device=bank.device)
