@@ -1,17 +1,4 @@
-"""Muon (K. Jordan, 2024): each matrix moves along the orthogonalised Nesterov momentum of its gradient.
-
-A parameter is a bank (count, rows, columns), each matrix of it on its own. One step, for gradient G and rate lr:
-
-    B ← momentum B + G,  U = G + momentum B
-    U ← rows of U at unit length                              with `row_normalize`: MuonEq-R, arXiv 2603.28254
-    O = newton_schulz(U)
-    O ← O with unit rows and/or columns                       with `renormalize`: Muon+, arXiv 2602.21545
-    v ← beta2 v + (1 - beta2) mean over columns of O²         with `beta2`: NorMuon, arXiv 2510.05491
-    O ← O / (√v + 1e-8)
-    W ← (1 - lr m decay) W - lr m √max(1, rows / columns) O
-
-m is the matrix's learning-rate multiplier. After the two options O is brought back to the Frobenius norm it had, so
-that one learning rate serves with and without them.
+"""Muon: each matrix moves along the orthogonalised Nesterov momentum of its gradient.
 
 On several ranks each matrix has one owner (pgolf/sharding.py), which alone keeps its momentum. Gradients reach the
 owners by reduce-scatter, costliest shape first; while the next shape is orthogonalised, the updates of the last travel
@@ -35,11 +22,61 @@ RENORMALIZE = {"none": (), "row": (-1,), "column": (-2,), "row_column": (-1, -2)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for banks of one dtype on one device; the formula is at the top of this file.
+    """Muon for matrices (rows, columns) and banks of them (count, rows, columns), each matrix on its own.
 
-    `lr_multipliers`: for each bank a number, or a tensor (count,). With several ranks every rank must call `step`,
-    `state_dict` and `load_state_dict`. `begin_step` may be called before `step`, as soon as there are gradients.
-    `compiled` fuses what is done element by element; rate and momentum may change without compiling anew.
+    One step, for gradient G and rate lr:
+
+        B ← momentum B + G,  U = G + momentum B
+        U ← rows of U at unit length                              with `row_normalize`: MuonEq-R
+        O = newton_schulz(U)
+        O ← O with unit rows and/or columns                       with `renormalize`: Muon+
+        v ← beta2 v + (1 - beta2) mean over columns of O²         with `beta2`: NorMuon
+        O ← O / (√v + 1e-8)
+        W ← (1 - lr m weight_decay) W - lr m √max(1, rows / columns) O
+
+    m is the matrix's learning-rate multiplier. After the options O is brought back to the Frobenius norm it had, so
+    that one learning rate serves with and without them. Matrices of one shape are orthogonalised together. Embeddings,
+    the output layer and whatever is no matrix belong to another optimiser, AdamW, say. Schedulers may change `lr` and
+    `momentum` of `param_groups[0]` between steps. With several ranks every rank must call `step`, `state_dict` and
+    `load_state_dict`.
+
+    Args:
+        params: (rows, columns) or (count, rows, columns), of one floating dtype on one device, as nn.Linear.weight;
+            each needs a gradient at every step.
+        lr: learning rate: a square matrix's step has singular values near it.
+        momentum: 0 to less than 1.
+        steps: of Newton-Schulz.
+        coefficients: of Newton-Schulz, as `ops.newton_schulz` takes them.
+        row_normalize: rows at unit length before Newton-Schulz.
+        weight_decay: decoupled, a step, in units of lr.
+        dtype: in which Newton-Schulz iterates and updates travel between ranks.
+        beta2: decay of the running mean of squares; 0: none is kept.
+        renormalize: "none", "row", "column", "row_column" or "column_row": what is brought to one length, in that
+            order.
+        lr_multipliers: for each parameter a number, or a floating tensor (count,) for its matrices; None: 1.
+        ranks: this process among those that share the work; by default it is alone.
+        compiled: fuse what is done element by element; lr and momentum may change without compiling anew.
+    Raises:
+        TypeError: what is no tensor; groups (dicts) among them: one Muon has one group.
+        ValueError: a parameter that is no matrix and no bank (1-D, 4-D), or of another dtype; an option not named
+            above.
+        RuntimeError: at a step, a parameter without a gradient; it is named.
+    Example:
+        >>> import torch
+        >>> from pgolf.muon import Muon
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+        >>> matrices = [p for p in model.parameters() if p.ndim == 2]
+        >>> others = [p for p in model.parameters() if p.ndim != 2]
+        >>> optimisers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.001)]
+        >>> model(torch.randn(8, 16)).square().mean().backward()
+        >>> for optimiser in optimisers:
+        ...     optimiser.step()
+        ...     optimiser.zero_grad()
+        >>> [tuple(state["momentum_buffer"].shape) for state in optimisers[0].state_dict()["state"].values()]
+        [(64, 16), (16, 64)]
+
+    Sources: K. Jordan, kellerjordan.github.io/posts/muon; MuonEq, arXiv 2603.28254; Muon+, arXiv 2602.21545; NorMuon,
+    arXiv 2510.05491.
     """
 
     def __init__(
@@ -97,7 +134,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Send the gradients on their way."""
+        """Send the gradients on their way; may be called before `step`, as soon as all parameters have one."""
         for index, bank in enumerate(self.banks):
             if bank.grad is None:
                 raise RuntimeError(
@@ -116,6 +153,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter; begins the step where `begin_step` has not. No closure is called."""
         if self._scattering is None:
             self.begin_step()
         scattering, self._scattering = self._scattering or [], None
