@@ -20,6 +20,7 @@ LIBRARY = {
 # They neither take nor return an array, and nothing published lies behind them.
 TOOLS = {"Availability", "BackendUnavailable", "available", "backend", "fallbacks", "used"}
 SHAPE = re.compile(r"\((\.\.\.|\w[^()\n]*(\([^()\n]*\))?,[^()\n]*)(, ?[^()\n]+)?\)")  # (N,), (..., D), (1 + streams, D)
+TOO_SMALL_FOR_THE_README = {"ops.Availability", "ops.BackendUnavailable"}
 DTYPE = re.compile(r"float|int\d|uint8|bool|dtype|like|integers")
 ARRAY = re.compile(r"(?<!Stored)Tensor|ndarray|nn.Parameter")
 
@@ -83,6 +84,13 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     failed, tried = doctest.DocTestRunner().run(example, out=report.append)
     assert tried
     assert not failed, "".join(report)
+
+
+def test_the_readme_has_a_place_for_each_name():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for name in PUBLIC.keys() - TOO_SMALL_FOR_THE_README:
+        if not name.startswith("NgramCache."):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", readme), name
 
 
 def test_the_coder_has_no_other_public_function():
