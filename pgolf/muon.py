@@ -6,7 +6,7 @@ to all ranks, in the dtype of the iteration, so that every rank adds the same bi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -132,6 +132,12 @@ class Muon(torch.optim.Optimizer):
         plan = Plan(shapes, self.ranks.world_size, self.param_groups[0]["steps"], columns=1)  # type: ignore[arg-type]
         return Part(plan, rank, self.banks[0].detach().new_zeros(plan.ends[rank][-1]))
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For the constructor alone: all matrices are planned together, so one Muon has one group."""
+        if self.param_groups:
+            raise ValueError("Muon: one Muon has one group of parameters; make another Muon for more")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def begin_step(self) -> None:
         """Send the gradients on their way; may be called before `step`, as soon as all parameters have one."""
@@ -152,8 +158,12 @@ class Muon(torch.optim.Optimizer):
         return [self.exchange.gradients.data[: len(self.momentum.data)]]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter; begins the step where `begin_step` has not. No closure is called."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter, after `begin_step` or alone. Returns what `closure`, called first, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if self._scattering is None:
             self.begin_step()
         scattering, self._scattering = self._scattering or [], None
@@ -166,6 +176,7 @@ class Muon(torch.optim.Optimizer):
             if batch:
                 self._move_banks(batch - 1, gathering)
         self._move_banks(len(gathering) - 1, gathering)
+        return loss
 
     def _orthogonalise(self, batch: int) -> None:
         group = self.param_groups[0]

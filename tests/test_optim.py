@@ -101,6 +101,19 @@ def test_a_matrix_is_a_bank_of_one_and_stands_among_banks():
     assert not torch.equal(matrices[1].detach(), start)
 
 
+def test_a_closure_makes_the_gradients_and_its_loss_comes_back():
+    linear = nn.Linear(4, 4, bias=False)
+    before, muon = linear.weight.detach().clone(), Muon([linear.weight], lr=0.1)
+
+    def closure() -> float:
+        muon.zero_grad()
+        linear(torch.ones(2, 4)).square().sum().backward()
+        return 7.0
+
+    assert muon.step(closure) == 7.0
+    assert not torch.equal(linear.weight.detach(), before)
+
+
 @pytest.mark.parametrize("saved_as", [(12, 8), (1, 12, 8)])
 def test_state_of_a_matrix_has_its_shape_and_goes_on_in_either(saved_as):
     torch.manual_seed(0)
@@ -209,6 +222,9 @@ def test_muon_refuses_what_is_no_matrix_and_no_bank_by_number_and_shape(shape):
 def test_muon_refuses_what_it_cannot_step():
     with pytest.raises(TypeError, match=r"params\[0\]: expected a parameter, got dict"):
         Muon([{"params": [nn.Parameter(torch.zeros(4, 4))]}], lr=0.1)
+    muon = Muon([nn.Parameter(torch.zeros(4, 4))], lr=0.1)
+    with pytest.raises(ValueError, match="one group"):
+        muon.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4))]})
     with pytest.raises(ValueError, match=r"params\[1\]: dtype torch.float64.*one dtype"):
         Muon([nn.Parameter(torch.zeros(1, 4, 4, dtype=dtype)) for dtype in (torch.float32, torch.float64)], lr=0.1)
     with pytest.raises(RuntimeError, match=r"parameter 0 of 1, \(1, 4, 4\), has no gradient"):
@@ -226,7 +242,7 @@ def test_rates_and_momentum_change_without_compiling_anew(monkeypatch):
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        banks = [nn.Parameter(torch.randn(shape)) for shape in ((3, 16, 8), (2, 8, 8))]
+        banks = [nn.Parameter(torch.randn(shape)) for shape in ((3, 16, 8), (2, 8, 8), (12, 8))]
         muon = Muon(banks, lr=0.1, row_normalize=True, weight_decay=0.1, dtype=torch.float32, compiled=compiled)
         for step in range(5):
             for bank in banks:
@@ -234,7 +250,7 @@ def test_rates_and_momentum_change_without_compiling_anew(monkeypatch):
             muon.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.9 + 0.01 * step)
             muon.step()
         results.append([bank.detach() for bank in banks])
-    assert len(graphs) == 4  # two functions for two shapes
+    assert len(graphs) == 6  # two functions for three shapes
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled)
 
