@@ -54,7 +54,8 @@ class Muon(torch.optim.Optimizer):
         renormalize: "none", "row", "column", "row_column" or "column_row": what is brought to one length, in that
             order.
         lr_multipliers: for each parameter a number, or a floating tensor (count,) for its matrices; None: 1.
-        ranks: this process among those that share the work; by default it is alone.
+        ranks: this process among those that share the work, whose gradients are summed; by default it is alone, as
+            under DDP, which has averaged them already.
         compiled: fuse what is done element by element; lr and momentum may change without compiling anew.
     Raises:
         TypeError: what is no tensor; groups (dicts) among them: one Muon has one group.
