@@ -16,40 +16,10 @@ Layout of the file, version 3. Integers are little-endian and unsigned; CRC is t
 
 Because every CRC continues the one before it, no bit can be flipped and no stream moved, dropped or added unseen.
 
-The manifest is `{"metadata": {...}, "tensors": [...]}`. Each tensor, of at most 1024, is an object with exactly
-these members:
-
-    name    1 to 128 characters out of A-Z a-z 0-9 _ . / -, unique in the file
-    role    embedding | attention | mlp | control
-    shape   list of at most 8 sizes
-    bits    2..8: quantised to integers of so many bits, two's complement; 16, 32: IEEE floats of that width
-    states  quantised tensors only: 0, or 4 or 8 for a trellis of so many states
-
-A quantised tensor has values of its shape and float16 scales of shape[:-1]; a trellis has 2 or 3 dimensions, at most
-65536 columns, and an order of its shape without rows: a number 0..3 for each column of each matrix. A weight is worth
-value * scale of its row; in a trellis (2 * value - q * sign(value)) * scale. q is 0 or 1. To find it, take the columns
-of a matrix by ascending order, equals as they come. Each row starts in state 0; a value leads from its state to one of
-two others, the second where it is odd; and q follows from the state:
-
-    4 states    next (0,2) (2,0) (1,3) (3,1)                             q 0 0 1 1
-    8 states    next (0,2) (5,7) (1,3) (6,4) (2,0) (4,6) (3,1) (7,5)     q 0 1 0 1 0 1 0 1
-
-Streams, in this order; those that would hold no tensor are left out:
-
-    of every quantised tensor   its values, one array of its shape, where all dimensions but the last two are one if
-                                there are more than three; a trellis's columns lie as they are taken
-    of every role as above      scales   a list of the scales of its tensors
-                                orders   a list of matrices, one for each number of columns among its trellises, by the
-                                         first of them: the orders of those, one below the other
-                                floats   a list of its float tensors
-
-Each blob must hold arrays of these shapes, integers for values and orders, floats of 2 or 4 bytes for the rest. How
-they are coded is the blob's own affair. Members, roles and numbers that are not named here, numbers that are not finite
-and anything after the last stream make a file invalid. Versions 1 and 2 are not read.
+What the manifest says and which streams follow is told in `pgolf/manifest.py`. Versions 1 and 2 are not read.
 """
 
 import json
-import math
 import os
 import stat
 import struct
@@ -60,26 +30,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import brotli
-import torch
 from torch import Tensor
 
-from pgolf import ops, streams
+from pgolf import streams
 from pgolf.errors import ArtifactError
 from pgolf.files import replacing
 from pgolf.manifest import (
     MANIFEST_LIMIT_BYTES,
-    ORDER_BITS,
     QUANTISED_BITS,
     ROLES,
     Entry,
     Stream,
-    check_description,
     check_metadata,
     check_together,
-    order_shape,
     read_manifest,
     streams_of,
 )
+from pgolf.stored_tensor import StoredTensor, check_tensor
 
 MAGIC = b"\x89PGOLF\r\n"
 VERSION = 3
@@ -91,45 +58,24 @@ _LENGTH = struct.Struct("<I")
 _FIRST = _HEADER.size + _CRC.size  # where the manifest begins
 
 
-def dtype_of(bits: int) -> torch.dtype:
-    """Of a tensor's values."""
-    return {16: torch.float16, 32: torch.float32}.get(bits, torch.int8)
-
-
-@dataclass(eq=False)
-class StoredTensor:
-    """A tensor as it lies in the file.
-
-    Quantised: `values` int8 of `shape`, `scale` float16 of `shape[:-1]`, `bits` 2..8, each value within the signed
-    range of `bits`; from a trellis if `states` is 4 or 8, with `order` int8 0..3 of the shape without rows. Float:
-    `values` float16 (`bits` 16) or float32 (`bits` 32) of `shape`, `scale` None. All finite.
-    """
-
-    name: str
-    role: str  # one of ROLES
-    shape: tuple[int, ...]
-    values: Tensor
-    scale: Tensor | None
-    bits: int
-    order: Tensor | None = None
-    states: int = 0
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights, of `shape` and `dtype`, on the device of `values`."""
-        if self.scale is None:
-            return self.values.to(dtype)
-        if not self.values.numel():
-            return torch.empty(self.shape, dtype=dtype, device=self.values.device)
-        if self.order is not None:
-            return ops.trellis_dequantize(self.values, self.scale, self.order, self.states).to(dtype)
-        octets = self.values.contiguous().view(torch.uint8).reshape(-1)
-        rows = (self.scale.numel(), self.shape[-1])
-        return ops.unpack_dequantize(octets, self.scale.reshape(-1), 8, rows, dtype).reshape(self.shape)
-
-
 @dataclass(frozen=True)
 class ByteCount:
-    """Where the bytes of a file went. `container` is everything but the streams."""
+    """Where the bytes of a file went.
+
+    Attributes:
+        streams: bytes by stream: "<tensor>:values", "<role>:scales", "<role>:orders", "<role>:floats".
+        roles: bytes by role, every one of "embedding", "attention", "mlp" and "control".
+        container: bytes of everything but the streams. `total` is the file's size.
+    Raises:
+        Nothing.
+    Example:
+        >>> from pgolf.artifact import write_artifact
+        >>> count = write_artifact("empty.pgolf", [], {})
+        >>> count.total == count.container
+        True
+
+    Source: this package.
+    """
 
     streams: dict[str, int]  # "<tensor>:values", "<role>:scales", "<role>:orders", "<role>:floats"
     roles: dict[str, int]  # every one of ROLES
@@ -142,6 +88,23 @@ class ByteCount:
 
 @dataclass(frozen=True)
 class Artifact:
+    """The contents of a file, as `read_artifact` returns them.
+
+    Attributes:
+        metadata: the JSON object that was written.
+        tensors: `StoredTensor` by name, in the order written, of any shapes, as (rows, columns).
+        bytes: a `ByteCount` of the file.
+    Raises:
+        Nothing.
+    Example:
+        >>> from pgolf.artifact import read_artifact, write_artifact
+        >>> _ = write_artifact("empty.pgolf", [], {"note": "nothing yet"})
+        >>> read_artifact("empty.pgolf").metadata
+        {'note': 'nothing yet'}
+
+    Source: this package; the format is told in pgolf/artifact.py and pgolf/manifest.py.
+    """
+
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
     bytes: ByteCount
@@ -155,16 +118,36 @@ def write_artifact(
     threads: int | None = None,
     mode: str = "mix",
 ) -> ByteCount:
-    """Write `tensors` and `metadata` (a JSON object) to `path`, whole or not at all; equal input makes equal bytes.
+    """Write tensors and metadata as one `.pgolf` file, whole or not at all; equal input makes equal bytes.
 
-    `mode` is the coder's: "mix" (small) or "static" (fast). `threads` work at a time, by default as many as there are
-    cores. A ValueError says what cannot be stored: NaN, infinity, a value beyond its bits, a wrong dtype or shape, a
-    name used twice, more than `limit_bytes` to decode.
+    Args:
+        path: of the file; an old one is replaced once the new one is complete.
+        tensors: `StoredTensor`s of any shapes, as (rows, columns), at most 1024.
+        metadata: a JSON object of plain, finite, shallow values.
+        limit_bytes: of memory that reading may need; more is refused here already.
+        threads: work at a time, by default as many as there are cores.
+        mode: of the coder: "mix" (small) or "static" (fast).
+    Returns:
+        A `ByteCount` of the file.
+    Raises:
+        ValueError: what cannot be stored: NaN, infinity, a value beyond its bits, a wrong dtype or shape, a name used
+            twice, more than limit_bytes to decode. The tensor is named.
+        OSError: a path that cannot be written.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> from pgolf.artifact import StoredTensor, write_artifact
+        >>> values, scale = ops.gptq(torch.randn(8, 16), torch.eye(16), bits=6)
+        >>> count = write_artifact("model.pgolf", [StoredTensor("up", "mlp", (8, 16), values, scale, 6)], {})
+        >>> sorted(count.streams)
+        ['mlp:scales', 'up:values']
+
+    Source: this package; the format is told in pgolf/artifact.py and pgolf/manifest.py.
     """
     tensors = list(tensors)
     check_metadata(metadata)
     for tensor in tensors:
-        _check_tensor(tensor)
+        check_tensor(tensor)
     entries = [Entry(each.name, each.role, tuple(each.shape), each.bits, each.states) for each in tensors]
     check_together(entries, limit_bytes)
     text = _manifest_text(entries, metadata)
@@ -196,10 +179,25 @@ def write_artifact(
 
 
 def read_artifact(path: str | os.PathLike[str], limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Artifact:
-    """Read a file that anybody may have made.
+    """Read a `.pgolf` file that anybody may have made. Nothing in it is executed.
 
-    An `ArtifactError` names the file and what is wrong with it. Memory stays within the file's size plus `limit_bytes`:
-    a file whose tensors would need more, working copies included, is refused before anything is decoded.
+    Args:
+        path: of the file.
+        limit_bytes: of memory beside the file's size: a file whose tensors would need more, working copies included, is
+            refused before anything is decoded.
+    Returns:
+        An `Artifact`: metadata, tensors by name with their shapes, as (rows, columns), and where the bytes went.
+    Raises:
+        ArtifactError: a file that cannot be read, is damaged, hostile, too large or of another version; one line names
+            the file and what is wrong with it.
+    Example:
+        >>> import torch
+        >>> from pgolf.artifact import StoredTensor, read_artifact, write_artifact
+        >>> _ = write_artifact("model.pgolf", [StoredTensor("gain", "control", (4,), torch.ones(4), None, 32)], {})
+        >>> read_artifact("model.pgolf").tensors["gain"].dequantize().shape
+        torch.Size([4])
+
+    Source: this package; the format is told in pgolf/artifact.py and pgolf/manifest.py.
     """
     try:
         return _decode(_read_file(path, limit_bytes), limit_bytes)
@@ -245,7 +243,7 @@ def _tensor_of(
     values = floats if values is None else values
     assert values is not None
     tensor = StoredTensor(entry.name, entry.role, entry.shape, values, scale, entry.bits, order, entry.states)
-    _check_tensor(tensor)
+    check_tensor(tensor)
     if order is not None:
         tensor.values = streams.out_of_order(values, order)
     return tensor
@@ -356,35 +354,3 @@ def _count_bytes(found: list[Stream], lengths: list[int], manifest_bytes: int) -
         roles[stream.role] += length
     container = _FIRST + manifest_bytes + len(found) * (_LENGTH.size + _CRC.size)
     return ByteCount({stream.label: length for stream, length in zip(found, lengths, strict=True)}, roles, container)
-
-
-def _check_tensor(tensor: StoredTensor) -> None:
-    check_description(tensor.name, tensor.role, tensor.shape, tensor.bits, tensor.states)
-    values, scale, quantised = tensor.values, tensor.scale, tensor.bits in QUANTISED_BITS
-    expected: list[tuple[Any, tuple[int, ...], torch.dtype, str]]
-    expected = [(values, tensor.shape, dtype_of(tensor.bits), "values")]
-    if quantised:
-        expected.append((scale, tensor.shape[:-1], torch.float16, "scale"))
-    elif scale is not None:
-        raise ValueError(f"tensor {tensor.name}: a float tensor has no scale")
-    if tensor.states:
-        expected.append((tensor.order, order_shape(tensor.shape), torch.int8, "order"))
-    elif tensor.order is not None:
-        raise ValueError(f"tensor {tensor.name}: only a trellis has an order")
-    for part, shape, dtype, what in expected:
-        if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape:
-            came = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            raise ValueError(f"tensor {tensor.name}: {what} must be {dtype} of shape {shape}, not {came}")
-        if not part.numel():
-            continue
-        lowest, highest = (each.item() for each in torch.aminmax(part))  # NaN wins in both, and nothing is copied
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise ValueError(f"tensor {tensor.name}: {what} must be finite")
-        if what == "order" and not 0 <= lowest <= highest < 1 << ORDER_BITS:
-            raise ValueError(f"tensor {tensor.name}: order lies in {lowest}..{highest}, accepted are 0 to 3")
-        bound = 1 << (tensor.bits - 1)
-        if what == "values" and dtype == torch.int8 and not (-bound <= lowest and highest < bound):
-            raise ValueError(
-                f"tensor {tensor.name}: values lie in {lowest}..{highest}, "
-                f"{tensor.bits} bits hold {-bound}..{bound - 1}"
-            )

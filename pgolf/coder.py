@@ -1,16 +1,7 @@
 """Entropy coding of quantised weights, trellis indices and small floats: arrays in, one blob of bytes out, and back.
 
-    blob = encode(values)                    int8 of (rows, cols), or (count, rows, cols) for a bank of layers
-    blob = encode([a, b, c])                 several, so that later ones profit from what was learned from earlier ones
-    blob = encode(values, mode="static")     a little larger, and thirty times as fast
-    blob = encode(indices, trellis_states=8) indices of trellis-coded quantisation; 4 or 8 states
-    values = decode(blob)                    an array, or a list of arrays where a list was given
-    blob = encode_floats([scales, gains])    float16 and float32, every bit pattern; decode_floats(blob)
-
-"mix" estimates every binary decision of a value by mixing adaptive counters of several contexts (scale of the row and
-the column so far, neighbours, the matrix before in a bank, the most similar earlier row, the trellis quantiser) with
-rounded Gaussians. "static" is a table of frequencies for each tensor and asymmetric numeral systems. Integer arithmetic
-only: the same values make the same bytes on every machine, with any number of threads and in every build.
+Integer arithmetic only: the same values make the same bytes on every machine, with any number of threads and in every
+build.
 
 Format, version 1. A number is unsigned, in base 128 with the lowest digit first, 128 added to every digit but the last;
 at most 5 digits. Other integers are little-endian.
@@ -69,7 +60,23 @@ ArrayLike = Array | torch.Tensor
 
 @dataclass(frozen=True)
 class Description:
-    """What a blob holds."""
+    """What a blob holds, as `describe` reads it from its head.
+
+    Attributes:
+        mode: "mix", "static" or "floats".
+        trellis_states: 0, 4 or 8.
+        is_list: whether a list was encoded.
+        tensors: of each, its shape, as (rows, cols), and the bytes of a value.
+    Raises:
+        Nothing.
+    Example:
+        >>> import numpy as np
+        >>> from pgolf import coder
+        >>> coder.describe(coder.encode(np.zeros((4, 6), np.int8), mode="static")).tensors
+        [((4, 6), 1)]
+
+    Source: the format is this package's own, told in pgolf/coder.py.
+    """
 
     mode: str  # mix | static | floats
     trellis_states: int
@@ -80,11 +87,34 @@ class Description:
 def encode(
     values: ArrayLike | Sequence[ArrayLike], mode: str = "mix", trellis_states: int = 0, threads: int | None = None
 ) -> bytes:
-    """Encode int8 arrays or tensors of at most 3 dimensions: (rows, cols), or (count, rows, cols) for a bank.
+    """Entropy-code int8 arrays into one blob of bytes.
 
-    `mode`: "mix", or "static" where that is smaller, as for few or nearly uniform values; "static" alone is fast.
-    `trellis_states`: the values are indices whose quantiser follows from the parities before them in the row. `threads`
-    work on it at most, by default as many as there are cores; the bytes do not depend on it.
+    "mix" estimates every binary decision of a value by mixing adaptive counters of several contexts (scale of the row
+    and the column so far, neighbours, the matrix before in a bank, the most similar earlier row, the trellis quantiser)
+    with rounded Gaussians: about Σ -log2 p(value) bits. "static" is a table of frequencies for each tensor and
+    asymmetric numeral systems: a little larger, and thirty times as fast.
+
+    Args:
+        values: an int8 array or tensor (rows, cols), (count, rows, cols) for a bank, or of fewer dimensions; or a list
+            of them, of which later ones profit from what was learned from earlier ones. At most 2^28 bytes in all.
+        mode: "mix" (and "static" where that is smaller, as for few or nearly uniform values) or "static" alone.
+        trellis_states: 0; or 4 or 8 where values are indices of `ops.trellis_quantize`, their columns as the machine
+            takes them.
+        threads: at most so many; by default one a core. The bytes do not depend on it.
+    Returns:
+        bytes, for `decode`.
+    Raises:
+        TypeError: what is not int8.
+        ValueError: a mode or number of states that is not accepted; too many dimensions, tensors, columns or bytes.
+    Example:
+        >>> import numpy as np
+        >>> from pgolf import coder
+        >>> values = np.arange(24, dtype=np.int8).reshape(4, 6)
+        >>> blob = coder.encode(values)
+        >>> bool((coder.decode(blob) == values).all()), coder.describe(blob).trellis_states
+        (True, 0)
+
+    Sources: context mixing, Mahoney's PAQ; asymmetric numeral systems, Duda, arXiv 1311.2540.
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is not accepted; accepted are {' and '.join(MODES)}")
@@ -106,16 +136,48 @@ def encode(
 def decode(
     blob: bytes | bytearray | memoryview, threads: int | None = None, limit_bytes: int = LIMIT_BYTES
 ) -> Array | list[Array]:
-    """What `encode` was given, as numpy arrays.
+    """What `encode` was given, as numpy arrays. The blob can come from anybody.
 
-    The blob can come from anybody: an `ArtifactError` says what is wrong with it, and one that holds more than
-    `limit_bytes` is refused before they are allocated.
+    Args:
+        blob: bytes, of `encode`.
+        threads: at most so many; by default one a core.
+        limit_bytes: a blob that holds more bytes of values is refused before they are allocated.
+    Returns:
+        An int8 array of the shape given, as (rows, cols), or a list of arrays where a list was encoded.
+    Raises:
+        ArtifactError: a blob that is malformed, holds floats or too much; one line says which.
+    Example:
+        >>> import numpy as np
+        >>> from pgolf import coder
+        >>> one, other = coder.decode(coder.encode([np.zeros((2, 3), np.int8), np.ones(5, np.int8)]))
+        >>> one.shape, other.shape, other.dtype.name
+        ((2, 3), (5,), 'int8')
+
+    Source: as for `encode`; the format is told in pgolf/coder.py.
     """
     return _decode(blob, False, threads, limit_bytes)
 
 
 def encode_floats(values: ArrayLike | Sequence[ArrayLike]) -> bytes:
-    """Encode float16 and float32 arrays or tensors of at most 8 dimensions, best all small ones in one call."""
+    """Entropy-code float16 and float32 arrays into one blob of bytes, every bit pattern kept: scales, gains, norms.
+
+    Args:
+        values: a float16 or float32 array or tensor of at most 8 dimensions, (), (rows, cols), ...; or a list of them,
+            best all small ones in one call. At most 2^28 bytes in all.
+    Returns:
+        bytes, for `decode_floats`.
+    Raises:
+        TypeError: what is neither float16 nor float32.
+        ValueError: too many dimensions, tensors or bytes.
+    Example:
+        >>> import numpy as np
+        >>> from pgolf import coder
+        >>> scales, gain = coder.decode_floats(coder.encode_floats([np.ones((2, 3), np.float16), np.float32([0.1])]))
+        >>> scales.dtype.name, scales.shape, gain.dtype.name
+        ('float16', (2, 3), 'float32')
+
+    Source: context mixing as for `encode`, over the bits of a float.
+    """
     arrays, is_list = _arrays(values, {np.dtype(np.float16), np.dtype(np.float32)}, 8)
     tensors = [(array.shape, array.itemsize) for array in arrays]
     data = b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays)
@@ -125,12 +187,43 @@ def encode_floats(values: ArrayLike | Sequence[ArrayLike]) -> bytes:
 
 
 def decode_floats(blob: bytes | bytearray | memoryview, limit_bytes: int = LIMIT_BYTES) -> Array | list[Array]:
-    """What `encode_floats` was given, as numpy arrays; errors as for `decode`."""
+    """What `encode_floats` was given, as numpy arrays. The blob can come from anybody.
+
+    Args:
+        blob: bytes, of `encode_floats`.
+        limit_bytes: a blob that holds more bytes of values is refused before they are allocated.
+    Returns:
+        An array of the dtype and shape given, as (rows, cols), or a list of arrays where a list was encoded.
+    Raises:
+        ArtifactError: a blob that is malformed, holds integers or too much; one line says which.
+    Example:
+        >>> import numpy as np
+        >>> from pgolf import coder
+        >>> coder.decode_floats(coder.encode_floats(np.zeros((2, 3), np.float32))).shape
+        (2, 3)
+
+    Source: as for `encode_floats`; the format is told in pgolf/coder.py.
+    """
     return _decode(blob, True, 1, limit_bytes)
 
 
 def describe(blob: bytes | bytearray | memoryview) -> Description:
-    """What a blob says that it holds, without decoding it; an `ArtifactError` where it is malformed."""
+    """What a blob says that it holds, without decoding it.
+
+    Args:
+        blob: bytes, of `encode` or `encode_floats`.
+    Returns:
+        A `Description`: mode, trellis states, and the shape of each tensor, as (rows, cols).
+    Raises:
+        ArtifactError: a blob whose head is malformed.
+    Example:
+        >>> import numpy as np
+        >>> from pgolf import coder
+        >>> coder.describe(coder.encode_floats([np.ones((2, 3), np.float16)])).tensors
+        [((2, 3), 2)]
+
+    Source: the format is this package's own, told in pgolf/coder.py.
+    """
     native = backends.native()
     data = np.frombuffer(blob, np.uint8)
     if not data.size:

@@ -12,12 +12,33 @@ from torch import Tensor
 
 from pgolf.distributed import Ranks
 from pgolf.model import Model
+from pgolf.ops import checks
 from pgolf.progress import progress
 from pgolf.windows import ScoringBatches
 
 
 @dataclass(frozen=True)
 class Score:
+    """What `evaluate` found, over all ranks.
+
+        bpb = nats / ln 2 / bytes
+
+    Attributes:
+        nats: sum of the natural log-losses of all targets.
+        tokens: targets scored.
+        bytes: of text that they stand for.
+    Raises:
+        ZeroDivisionError: `loss` and `bpb` where nothing was scored.
+    Example:
+        >>> import math
+        >>> from pgolf.evaluate import Score
+        >>> score = Score(nats=8 * math.log(2), tokens=4, bytes=16)
+        >>> round(score.bpb, 6), round(score.loss / math.log(2), 6)
+        (0.5, 2.0)
+
+    Source: bits per byte as the challenge scores its entries.
+    """
+
     nats: float
     tokens: int
     bytes: int
@@ -44,8 +65,43 @@ def evaluate(
     stride: int = 0,  # 0: seq_len
     bos_id: int | None = None,  # given: documents are scored alone
 ) -> Score:
-    """Score `tokens` through the windows of pgolf/windows.py, which ranks share. The result is the same for every
-    number of ranks, up to the order in which float64 numbers are added."""
+    """Score a validation split: the loss of every token but the first, once, summed in float64.
+
+        nats = Σ_t -ln p(token_t | the tokens before it in its window),   bpb = nats / ln 2 / Σ_t bytes of token_t
+
+    The windows are those of pgolf/windows.py, which ranks share; the result is the same for every number of ranks, up
+    to the order in which float64 numbers are added.
+
+    Args:
+        model: a `pgolf.model.Model`, on any device.
+        tokens: (count,) integers on the CPU, the validation split.
+        token_bytes: (count,) integers, bytes of text that each token stands for, given the one before it.
+        seq_len: tokens of context at most, >= 1.
+        batch_tokens: of a forward pass, at most, but for a single longer window.
+        ranks: this process among those that share the work.
+        stride: tokens that each further window scores, at most seq_len; 0: seq_len, without overlap.
+        bos_id: the token that begins a document; given, documents are scored alone.
+    Returns:
+        A `Score`: nats, tokens and bytes; `bpb` is the challenge's number.
+    Raises:
+        TypeError: a wrong type.
+        ValueError: a shape or number that does not fit; on the CPU a token outside the model's vocabulary.
+    Example:
+        >>> import torch
+        >>> from pgolf.distributed import Ranks
+        >>> from pgolf.evaluate import evaluate
+        >>> from pgolf.model import Model, ModelConfig
+        >>> from pgolf.settings import load_settings
+        >>> settings = load_settings({"PRESET": "demo", "MODEL_DIM": "64", "NUM_LAYERS": "2", "VOCAB_SIZE": "64"})
+        >>> model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(0))
+        >>> alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+        >>> score = evaluate(model, torch.arange(100) % 64, torch.ones(100), seq_len=32, batch_tokens=64, ranks=alone)
+        >>> score.tokens, score.bytes, score.bpb > 0
+        (99, 99, True)
+
+    Source: bits per byte as the challenge scores its entries.
+    """
+    _check(tokens, token_bytes, seq_len, batch_tokens, stride)
     nats = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     count = 0
     for _, losses, _ in target_losses(model, tokens, seq_len, batch_tokens, ranks, stride=stride, bos_id=bos_id):
@@ -54,6 +110,17 @@ def evaluate(
     totals = torch.stack((nats.cpu(), torch.tensor(count, dtype=torch.float64)))
     ranks.sum_(totals)
     return Score(nats=float(totals[0]), tokens=int(totals[1]), bytes=int(token_bytes[1:].sum()))
+
+
+def _check(tokens: Tensor, token_bytes: Tensor, seq_len: int, batch_tokens: int, stride: int) -> None:
+    checks.tensor("tokens", tokens)
+    checks.tensor("token_bytes", token_bytes)
+    if tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(f"tokens: shape {tuple(tokens.shape)} is not accepted; expected (count,), at least 2")
+    checks.shape("token_bytes", token_bytes, tuple(tokens.shape), "one for each token")
+    checks.integer("seq_len", seq_len, 1, 1 << 40)
+    checks.integer("batch_tokens", batch_tokens, 1, 1 << 40)
+    checks.integer("stride", stride, 0, seq_len)  # a longer one would leave tokens out
 
 
 def target_losses(

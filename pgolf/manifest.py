@@ -1,7 +1,38 @@
-"""The manifest of an artifact: what the file says it holds. Its members are described in `pgolf/artifact.py`.
+"""The manifest of an artifact: what the file says it holds.
 
 Written by whoever made the file, so every type, size and name is checked here before anything is allocated for it; what
 is wrong is a ValueError of one line. The writer passes through the same checks.
+
+The manifest is `{"metadata": {...}, "tensors": [...]}`. Each tensor, of at most 1024, is an object with exactly
+these members:
+
+    name    1 to 128 characters out of A-Z a-z 0-9 _ . / -, unique in the file
+    role    embedding | attention | mlp | control
+    shape   list of at most 8 sizes
+    bits    2..8: quantised to integers of so many bits, two's complement; 16, 32: IEEE floats of that width
+    states  quantised tensors only: 0, or 4 or 8 for a trellis of so many states
+
+A quantised tensor has values of its shape and float16 scales of shape[:-1]; a trellis has 2 or 3 dimensions, at most
+65536 columns, and an order of its shape without rows: a number 0..3 for each column of each matrix. A weight is worth
+value * scale of its row; in a trellis (2 * value - q * sign(value)) * scale. q is 0 or 1. To find it, take the columns
+of a matrix by ascending order, equals as they come. Each row starts in state 0; a value leads from its state to one of
+two others, the second where it is odd; and q follows from the state:
+
+    4 states    next (0,2) (2,0) (1,3) (3,1)                             q 0 0 1 1
+    8 states    next (0,2) (5,7) (1,3) (6,4) (2,0) (4,6) (3,1) (7,5)     q 0 1 0 1 0 1 0 1
+
+Streams, in this order; those that would hold no tensor are left out:
+
+    of every quantised tensor   its values, one array of its shape, where all dimensions but the last two are one if
+                                there are more than three; a trellis's columns lie as they are taken
+    of every role as above      scales   a list of the scales of its tensors
+                                orders   a list of matrices, one for each number of columns among its trellises, by the
+                                         first of them: the orders of those, one below the other
+                                floats   a list of its float tensors
+
+Each blob must hold arrays of these shapes, integers for values and orders, floats of 2 or 4 bytes for the rest. How
+they are coded is the blob's own affair. Members, roles and numbers that are not named here, numbers that are not finite
+and anything after the last stream make a file invalid.
 """
 
 import json

@@ -1,17 +1,4 @@
-"""Muon (K. Jordan, 2024): each matrix moves along the orthogonalised Nesterov momentum of its gradient.
-
-A parameter is a bank (count, rows, columns), each matrix of it on its own. One step, for gradient G and rate lr:
-
-    B ← momentum B + G,  U = G + momentum B
-    U ← rows of U at unit length                              with `row_normalize`: MuonEq-R, arXiv 2603.28254
-    O = newton_schulz(U)
-    O ← O with unit rows and/or columns                       with `renormalize`: Muon+, arXiv 2602.21545
-    v ← beta2 v + (1 - beta2) mean over columns of O²         with `beta2`: NorMuon, arXiv 2510.05491
-    O ← O / (√v + 1e-8)
-    W ← (1 - lr m decay) W - lr m √max(1, rows / columns) O
-
-m is the matrix's learning-rate multiplier. After the two options O is brought back to the Frobenius norm it had, so
-that one learning rate serves with and without them.
+"""Muon: each matrix moves along the orthogonalised Nesterov momentum of its gradient.
 
 On several ranks each matrix has one owner (pgolf/sharding.py), which alone keeps its momentum. Gradients reach the
 owners by reduce-scatter, costliest shape first; while the next shape is orthogonalised, the updates of the last travel
@@ -19,7 +6,7 @@ to all ranks, in the dtype of the iteration, so that every rank adds the same bi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,23 +15,74 @@ from torch import Tensor, nn
 
 from pgolf import ops
 from pgolf.distributed import Pending, Ranks
-from pgolf.sharding import Exchange, Part, Plan
+from pgolf.sharding import Exchange, Part, Plan, as_bank
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 RENORMALIZE = {"none": (), "row": (-1,), "column": (-2,), "row_column": (-1, -2), "column_row": (-2, -1)}
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for banks of one dtype on one device; the formula is at the top of this file.
+    """Muon for matrices (rows, columns) and banks of them (count, rows, columns), each matrix on its own.
 
-    `lr_multipliers`: for each bank a number, or a tensor (count,). With several ranks every rank must call `step`,
-    `state_dict` and `load_state_dict`. `begin_step` may be called before `step`, as soon as there are gradients.
-    `compiled` fuses what is done element by element; rate and momentum may change without compiling anew.
+    One step, for gradient G and rate lr:
+
+        B ← momentum B + G,  U = G + momentum B
+        U ← rows of U at unit length                              with `row_normalize`: MuonEq-R
+        O = newton_schulz(U)
+        O ← O with unit rows and/or columns                       with `renormalize`: Muon+
+        v ← beta2 v + (1 - beta2) mean over columns of O²         with `beta2`: NorMuon
+        O ← O / (√v + 1e-8)
+        W ← (1 - lr m weight_decay) W - lr m √max(1, rows / columns) O
+
+    m is the matrix's learning-rate multiplier. After the options O is brought back to the Frobenius norm it had, so
+    that one learning rate serves with and without them. Matrices of one shape are orthogonalised together. Embeddings,
+    the output layer and whatever is no matrix belong to another optimiser, AdamW, say. Schedulers may change `lr` and
+    `momentum` of `param_groups[0]` between steps. With several ranks every rank must call `step`, `state_dict` and
+    `load_state_dict`.
+
+    Args:
+        params: (rows, columns) or (count, rows, columns), of one floating dtype on one device, as nn.Linear.weight;
+            each needs a gradient at every step.
+        lr: learning rate: a square matrix's step has singular values near it.
+        momentum: 0 to less than 1.
+        steps: of Newton-Schulz.
+        coefficients: of Newton-Schulz, as `ops.newton_schulz` takes them.
+        row_normalize: rows at unit length before Newton-Schulz.
+        weight_decay: decoupled, a step, in units of lr.
+        dtype: in which Newton-Schulz iterates and updates travel between ranks.
+        beta2: decay of the running mean of squares; 0: none is kept.
+        renormalize: "none", "row", "column", "row_column" or "column_row": what is brought to one length, in that
+            order.
+        lr_multipliers: for each parameter a number, or a floating tensor (count,) for its matrices; None: 1.
+        ranks: this process among those that share the work, whose gradients are summed; by default it is alone, as
+            under DDP, which has averaged them already.
+        compiled: fuse what is done element by element; lr and momentum may change without compiling anew.
+    Raises:
+        TypeError: what is no tensor; groups (dicts) among them: one Muon has one group.
+        ValueError: a parameter that is no matrix and no bank (1-D, 4-D), or of another dtype; an option not named
+            above.
+        RuntimeError: at a step, a parameter without a gradient; it is named.
+    Example:
+        >>> import torch
+        >>> from pgolf.muon import Muon
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+        >>> matrices = [p for p in model.parameters() if p.ndim == 2]
+        >>> others = [p for p in model.parameters() if p.ndim != 2]
+        >>> optimisers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.001)]
+        >>> model(torch.randn(8, 16)).square().mean().backward()
+        >>> for optimiser in optimisers:
+        ...     optimiser.step()
+        ...     optimiser.zero_grad()
+        >>> [tuple(state["momentum_buffer"].shape) for state in optimisers[0].state_dict()["state"].values()]
+        [(64, 16), (16, 64)]
+
+    Sources: K. Jordan, kellerjordan.github.io/posts/muon; MuonEq, arXiv 2603.28254; Muon+, arXiv 2602.21545; NorMuon,
+    arXiv 2510.05491.
     """
 
     def __init__(
         self,
-        banks: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter],
         lr: float,
         momentum: float = 0.95,
         steps: int = 5,
@@ -58,12 +96,8 @@ class Muon(torch.optim.Optimizer):
         ranks: Ranks = ALONE,
         compiled: bool = False,
     ):
-        self.banks = list(banks)
-        for bank in self.banks:
-            if bank.ndim != 3:
-                raise ValueError(f"Muon takes banks (count, rows, columns); a parameter has shape {tuple(bank.shape)}")
-            if bank.dtype != self.banks[0].dtype:
-                raise ValueError(f"Muon takes banks of one dtype; these are {self.banks[0].dtype} and {bank.dtype}")
+        self.banks = list(params)
+        _check(self.banks)
         if renormalize not in RENORMALIZE:
             raise ValueError(f"renormalize: {renormalize!r} is not accepted; expected {', '.join(RENORMALIZE)}")
         defaults = {
@@ -95,16 +129,25 @@ class Muon(torch.optim.Optimizer):
 
     @cached_property
     def variance(self) -> Part:
-        shapes, rank = [tuple(bank.shape) for bank in self.banks], self.ranks.rank
+        shapes, rank = [tuple(as_bank(bank).shape) for bank in self.banks], self.ranks.rank
         plan = Plan(shapes, self.ranks.world_size, self.param_groups[0]["steps"], columns=1)  # type: ignore[arg-type]
         return Part(plan, rank, self.banks[0].detach().new_zeros(plan.ends[rank][-1]))
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For the constructor alone: all matrices are planned together, so one Muon has one group."""
+        if self.param_groups:
+            raise ValueError("Muon: one Muon has one group of parameters; make another Muon for more")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Send the gradients on their way."""
+        """Send the gradients on their way; may be called before `step`, as soon as all parameters have one."""
         for index, bank in enumerate(self.banks):
             if bank.grad is None:
-                raise RuntimeError(f"Muon: bank {index} of {len(self.banks)} has no gradient; all take part in a step")
+                raise RuntimeError(
+                    f"Muon: parameter {index} of {len(self.banks)}, {tuple(bank.shape)}, has no gradient; all "
+                    "take part in a step"
+                )
         self._scattering = self.exchange.begin_scatter()
 
     def own_gradients(self) -> list[Tensor]:
@@ -116,7 +159,12 @@ class Muon(torch.optim.Optimizer):
         return [self.exchange.gradients.data[: len(self.momentum.data)]]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter, after `begin_step` or alone. Returns what `closure`, called first, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if self._scattering is None:
             self.begin_step()
         scattering, self._scattering = self._scattering or [], None
@@ -129,6 +177,7 @@ class Muon(torch.optim.Optimizer):
             if batch:
                 self._move_banks(batch - 1, gathering)
         self._move_banks(len(gathering) - 1, gathering)
+        return loss
 
     def _orthogonalise(self, batch: int) -> None:
         group = self.param_groups[0]
@@ -149,7 +198,7 @@ class Muon(torch.optim.Optimizer):
         gathering[segment].wait()
         lr = self._scalar(group["lr"])
         for index, update in self.exchange.unpack(segment):
-            self._move(self.banks[index], update, lr, self.multipliers[index], group["weight_decay"])
+            self._move(as_bank(self.banks[index]), update, lr, self.multipliers[index], group["weight_decay"])
 
     def _scalar(self, number: float) -> float | Tensor:
         """For compiled code a 0-D tensor on the host: a changing number would be compiled again and again."""
@@ -167,8 +216,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Momentum, and variance, of whole banks: the same on every rank and at every number of ranks."""
+        """Momentum, and variance, of whole parameters: the same on every rank and at every number of ranks."""
         whole = {name: part.whole(self.ranks) for name, part in self._state().items()}
+        for banks in whole.values():
+            banks[:] = [bank.view(bank.shape[3 - p.ndim :]) for bank, p in zip(banks, self.banks, strict=True)]
         indices = list(range(len(self.banks)))
         group = {name: value for name, value in self.param_groups[0].items() if name != "params"}
         return {
@@ -187,12 +238,26 @@ class Muon(torch.optim.Optimizer):
                 part.take([state[i][name] for i in range(len(self.banks))])
 
 
-def _multipliers(banks: Sequence[Tensor], given: Sequence[float | Tensor] | None) -> list[Tensor]:
-    """(count, 1, 1) for each bank."""
+def _check(params: Sequence[Tensor]) -> None:
+    for index, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params[{index}]: expected a parameter, got {type(p).__name__}; one Muon has one group")
+        if p.ndim not in (2, 3):
+            raise ValueError(
+                f"params[{index}]: shape {tuple(p.shape)} is not accepted; Muon takes matrices (rows, columns) and "
+                "banks (count, rows, columns), and leaves the rest to AdamW or another optimiser"
+            )
+        if p.dtype != params[0].dtype:
+            raise ValueError(f"params[{index}]: dtype {p.dtype}, but params[0] is {params[0].dtype}; use one dtype")
+
+
+def _multipliers(params: Sequence[Tensor], given: Sequence[float | Tensor] | None) -> list[Tensor]:
+    """(count, 1, 1) for each parameter."""
+    banks = [as_bank(p) for p in params]
     if given is None:
         given = [1.0] * len(banks)
     if len(given) != len(banks):
-        raise ValueError(f"lr_multipliers: {len(given)} for {len(banks)} banks")
+        raise ValueError(f"lr_multipliers: {len(given)} for {len(banks)} parameters")
     result = []
     for index, (bank, multiplier) in enumerate(zip(banks, given, strict=True)):
         multiplier = torch.as_tensor(multiplier, dtype=bank.dtype, device=bank.device)

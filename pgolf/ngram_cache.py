@@ -1,33 +1,7 @@
 """A causal n-gram cache: what a stream has said so far, mixed with a model's probability of what it says next.
 
-    cache = NgramCache(vocab_size=1024)
-    logprob = cache.score(tokens, base_logprob)   # from the strict prefix; then every token is counted
-    probs = cache.distribution(base_probs)        # the next token's whole distribution, by the same arithmetic
-
-The base is the last level of a chain of interpolations, so only its probability of the token that came is needed, and
-the mixture sums to one wherever the base does:
-
-    p_0 = base(x),   p_k = w_k c_k(x) / n_k + (1 - w_k) p_(k-1),   k-th context seen n_k times, c_k(x) times before x
-
-"adaptive"   w_k learned online by order, n_k and the number of distinct successors t_k, one EM step after each token
-             that was scored; then mixed with the base by the posterior of the two, which bounds what the cache can cost
-             over any stream: about one bit, and 2e-5 bits a token
-"dirichlet"  p_k = (c_k(x) + a p_(k-1)) / (n_k + a)
-"pyp"        p_k = (max(c_k(x) - d, 0) + (a + d t_k) p_(k-1)) / (n_k + a), Pitman-Yor with one table a successor
-"tilt"       at most one hint h from the strict prefix, p(x) e^(b [x = h]) / (1 + p(h) (e^b - 1)), as in PRs 1514 and
-             2135 of openai/parameter-golf with their token expert alone
-
-A probability depends on the tokens before, on the model's probabilities of them, and on the settings. `score` looks
-ahead in its argument to fetch memory, never to compute; however a stream is cut into calls, the results are the same.
-
-Counts are exact: a context is compared whole, never by its hash alone. Memory is fixed when the cache is made and taken
-from the system as it is touched; English text needs about 40 bytes a token. A context or successor that finds no place
-is not counted and `stats()` says how often that was; all that was counted stays right and normalised. A context's total
-stops at 65535, and the counts of its successors with it. The stream itself is kept for its first memory_bytes / 32
-tokens (tilt: / 25); later ones add to known contexts and make no new ones.
-
-Algorithm, layout and prefetching: csrc/ngram_counts.h, csrc/ngram_mix.h, csrc/hint_counts.h. One thread; the
-interpreter's lock is released.
+Algorithm, layout and prefetching: csrc/ngram_counts.h, csrc/ngram_mix.h, csrc/hint_counts.h. `score` looks ahead in its
+argument to fetch memory, never to compute. One thread; the interpreter's lock is released.
 """
 
 from collections.abc import Sequence
@@ -48,12 +22,57 @@ ArrayLike = Array | torch.Tensor | Sequence[float]
 
 
 class NgramCache:
-    """See the module. Orders count the token itself: order 7 looks at 6 tokens.
+    """Counts of what a stream of tokens has said so far, mixed with a model's probabilities of what it says next.
 
-    vocab_size: 1 to 65536. orders: ascending, each 2 to 16; "tilt" takes one, 16 by default. concentration (a) and
-    discount (d) are those of "dirichlet" (64) and "pyp" (16 and 0.7); threshold and boost (b) those of "tilt".
-    boundary_token: contexts go back to it and no further; with document_reset all counts are dropped after it, while
-    learned weights stay.
+    The base is the last level of a chain of interpolations, so only its probability of the token that came is needed,
+    and the mixture sums to one wherever the base does:
+
+        p_0 = base(x),   p_k = w_k c_k(x) / n_k + (1 - w_k) p_(k-1),   k-th context seen n_k times, c_k(x) times before
+        x
+
+    - "adaptive": w_k learned online by order, n_k and the number of distinct successors t_k, one EM step after each
+      token that was scored; then mixed with the base by the posterior of the two, which bounds what the cache can cost
+      over any
+      stream: about one bit, and 2e-5 bits a token.
+    - "dirichlet": p_k = (c_k(x) + a p_(k-1)) / (n_k + a).
+    - "pyp": p_k = (max(c_k(x) - d, 0) + (a + d t_k) p_(k-1)) / (n_k + a), Pitman-Yor with one table a successor.
+    - "tilt": at most one hint h from the strict prefix, p(x) e^(b [x = h]) / (1 + p(h) (e^b - 1)).
+
+    A probability depends on the tokens before, on the model's probabilities of them, and on the settings; however a
+    stream is cut into calls, the results are the same. Counts are exact: a context is compared whole, never by its hash
+    alone. A context or successor that finds no place is not counted and `stats()` says how often that was; all that was
+    counted stays right and normalised. A context's total stops at 65535, and the counts of its successors with it. The
+    stream itself is kept for its first memory_bytes / 32 tokens (tilt: / 25); later ones add to known contexts and make
+    no new ones.
+
+    Args:
+        vocab_size: 1 to 65536; tokens are integers (count,) in 0..vocab_size-1.
+        orders: ascending, each 2 to 16, the token itself counted: order 7 looks at 6 tokens. By default 2 to 7; "tilt"
+            takes one, 16 by default.
+        mixing: "adaptive", "dirichlet", "pyp" or "tilt".
+        memory_bytes: fixed when the cache is made, taken from the system as it is touched; English text needs about 40
+            bytes a token.
+        document_reset: drop all counts after a boundary_token; learned weights stay.
+        boundary_token: contexts go back to it and no further.
+        concentration: a, of "dirichlet" (64 by default) and "pyp" (16), in counts.
+        discount: d of "pyp", in counts.
+        threshold: of "tilt": a hint came true in this share of its cases, or its gate is closed.
+        boost: b of "tilt", in nats.
+    Raises:
+        ValueError: a setting that is not accepted; it is named.
+        MemoryError: memory_bytes that the system does not give.
+    Example:
+        >>> import math, numpy as np
+        >>> from pgolf import NgramCache
+        >>> cache = NgramCache(vocab_size=16, memory_bytes=1 << 22)
+        >>> tokens = np.arange(64) % 4
+        >>> base = np.full(64, -math.log(16))  # a model that knows nothing
+        >>> logprob = cache.score(tokens, base)
+        >>> logprob.shape, bool(logprob[32:].mean() > -0.5)  # the repetition was noticed
+        ((64,), True)
+
+    Sources: "dirichlet", MacKay and Peto, 1995; "pyp", Teh, ACL 2006; "tilt", PRs #1514 and #2135 of the
+    challenge with their token expert alone.
     """
 
     def __init__(
@@ -93,11 +112,22 @@ class NgramCache:
             self._cache = native.NgramCache(vocab_size, list(orders), number, concentration, discount, *stream)
 
     def score(self, tokens: ArrayLike, base_logprob: ArrayLike, hint_logprob: ArrayLike | None = None) -> Array:
-        """Log-probabilities (count,) float64 of `tokens` (count,), each from the tokens before it; then it is counted.
+        """Natural log-probabilities of `tokens`, each from the tokens before it; then each is counted.
 
-        base_logprob (count,): the model's natural log-probability of each token, from -700 to 0. "tilt" needs
-        hint_logprob (count,) too, the model's of what `hints` would give, looked at where its gate is open. A call
-        that raises has changed nothing.
+        Args:
+            tokens: (count,) integers, numpy, torch or a list.
+            base_logprob: (count,) floats, the model's natural log-probability of each token, -700 to 0.
+            hint_logprob: (count,) floats, the model's of what `hints` would give, for "tilt" alone; looked at
+                where its gate is open.
+        Returns:
+            (count,) float64, in nats, at most 0.
+        Raises:
+            TypeError: what is no integer, or no float.
+            ValueError: a shape or number that does not fit; its place is named. A call that raises has changed nothing.
+        Example:
+            >>> from pgolf import NgramCache
+            >>> NgramCache(vocab_size=16, memory_bytes=1 << 22).score([1, 2, 3], [-2.0, -2.0, -2.0]).shape
+            (3,)
         """
         tokens = self._tokens(tokens)
         base = _logprobs(base_logprob, "base_logprob", tokens.size)
@@ -112,12 +142,41 @@ class NgramCache:
         return out
 
     def update(self, tokens: ArrayLike) -> None:
-        """Count `tokens` (count,) without scoring them; weights learn nothing from it."""
+        """Count `tokens` without scoring them; weights learn nothing from it.
+
+        Args:
+            tokens: (count,) integers.
+        Raises:
+            TypeError, ValueError: as `score`.
+        Example:
+            >>> from pgolf import NgramCache
+            >>> cache = NgramCache(vocab_size=16, memory_bytes=1 << 22)
+            >>> cache.update([1, 2, 3])
+            >>> cache.stats()["tokens"]
+            3
+        """
         tokens = self._tokens(tokens)
         self._cache.update(tokens.ctypes.data, tokens.size)
 
     def distribution(self, base_probs: ArrayLike) -> Array:
-        """The next token's probabilities (vocab_size,) float64, given the model's; the cache does not change."""
+        """The next token's probabilities, given the model's; the cache does not change.
+
+        By the arithmetic of `score`, so an audit can see that what was booked is part of a whole.
+
+        Args:
+            base_probs: (vocab_size,) floats, the model's probabilities, 0 to 1.
+        Returns:
+            (vocab_size,) float64; they sum to what base_probs sum to.
+        Raises:
+            TypeError: what is no float.
+            ValueError: a shape or number that does not fit; its place is named.
+        Example:
+            >>> import numpy as np
+            >>> from pgolf import NgramCache
+            >>> probs = NgramCache(vocab_size=16, memory_bytes=1 << 22).distribution(np.full(16, 1 / 16))
+            >>> probs.shape, bool(abs(probs.sum() - 1) < 1e-9)
+            ((16,), True)
+        """
         base = _floats(base_probs, "base_probs", self.vocab_size)
         _refuse(~((base >= 0) & (base <= 1)), base, "base_probs", "0 to 1")
         if self.mixing == "tilt":
@@ -133,27 +192,78 @@ class NgramCache:
         return out
 
     def hints(self, tokens: ArrayLike) -> tuple[Array, Array]:
-        """For each token, then counted, the hint (count,) uint16 and whether its gate is open (count,) bool.
+        """For each token, then counted, what most often followed the same context, and whether that is sure enough.
+        "tilt" only.
 
         The hint is what followed the same order - 1 tokens most often, the gate is open where that was in at least
-        `threshold` of all cases. Both come from the tokens before. Only with mixing="tilt".
+        `threshold` of all cases. Both come from the tokens before.
+
+        Args:
+            tokens: (count,) integers.
+        Returns:
+            The hints (count,) uint16, and their gates (count,) bool.
+        Raises:
+            TypeError, ValueError: as `score`; ValueError where mixing is not "tilt".
+        Example:
+            >>> from pgolf import NgramCache
+            >>> cache = NgramCache(vocab_size=16, orders=[2], mixing="tilt", memory_bytes=1 << 22)
+            >>> hints, gates = cache.hints([1, 2] * 20)
+            >>> int(hints[-1]), bool(gates[-1])  # 2 always followed 1
+            (2, True)
         """
         _need(self.mixing == "tilt", "mixing", self.mixing, "tilt, for hints")
         return self._hints(self._tokens(tokens))
 
     def snapshot(self) -> bytes:
-        """The whole state, of about the size of stats()["used_bytes"]."""
+        """The whole state, to go back to or to send elsewhere.
+
+        Returns:
+            bytes, of about the size of stats()["used_bytes"].
+        Raises:
+            Nothing.
+        Example:
+            >>> from pgolf import NgramCache
+            >>> cache = NgramCache(vocab_size=16, memory_bytes=1 << 22)
+            >>> before = cache.snapshot()
+            >>> cache.update([1, 2, 3])
+            >>> cache.restore(before)
+            >>> cache.stats()["tokens"]
+            0
+        """
         data: bytes = self._cache.save()
         return data
 
     def restore(self, snapshot: bytes) -> None:
-        """Back to the state of a snapshot that a cache of the same settings made."""
+        """Back to the state of a snapshot that a cache of the same settings made.
+
+        Args:
+            snapshot: bytes, of `snapshot`.
+        Raises:
+            ValueError: a snapshot that is damaged or of a cache with other settings.
+        Example:
+            >>> from pgolf import NgramCache
+            >>> one, other = (NgramCache(vocab_size=16, memory_bytes=1 << 22) for _ in range(2))
+            >>> one.update([1, 2, 3])
+            >>> other.restore(one.snapshot())
+            >>> other.stats() == one.stats()
+            True
+        """
         data = np.frombuffer(snapshot, np.uint8)
         if not self._cache.load(data.ctypes.data, data.size):
             raise ValueError(f"snapshot: {data.size} bytes that are damaged or of a cache with other settings")
 
     def stats(self) -> dict[str, int]:
-        """tokens: counted so far; contexts, successors: kept now; refused_*: events that found no place; used_bytes."""
+        """What the cache holds, in numbers.
+
+        Returns:
+            tokens: counted so far; contexts, successors: kept now; refused_*: events that found no place; used_bytes.
+        Raises:
+            Nothing.
+        Example:
+            >>> from pgolf import NgramCache
+            >>> NgramCache(vocab_size=16, memory_bytes=1 << 22).stats()["tokens"]
+            0
+        """
         found: dict[str, int] = self._cache.stats()
         return found
 

@@ -310,7 +310,25 @@ class Settings(BaseModel):
 
 
 def load_settings(environ: Mapping[str, str] | None = None, preset: str | None = None, cuda: bool = False) -> Settings:
-    """Resolve preset and variables; `UserError` with one line for whatever cannot be used."""
+    """The settings of a run, from a preset and from variables of the fields' upper-case names.
+
+    Args:
+        environ: {"PRESET": name, "MODEL_DIM": "384", ...}, other variables are left alone; None: the environment.
+        preset: where environ names none; None: the best system whose data is there with `cuda`, else "demo".
+        cuda: whether there is a GPU, for that choice.
+    Returns:
+        `Settings`, frozen; `run_id` is made up where none is given.
+    Raises:
+        UserError: one line for whatever cannot be used: a wrong value, an unknown preset, settings that contradict each
+            other, a variable one slip away from a field's name.
+    Example:
+        >>> from pgolf.settings import load_settings
+        >>> settings = load_settings({"PRESET": "demo", "SEED": "42", "NUM_LAYERS": "2"})
+        >>> settings.preset, settings.seed, settings.num_layers
+        ('demo', 42, 2)
+
+    Source: presets name their entries of the challenge in pgolf/presets.py.
+    """
     environ = os.environ if environ is None else environ
     _refuse_near_names(environ)
     given = {name: environ[name.upper()] for name in Settings.model_fields if name.upper() in environ}

@@ -41,6 +41,11 @@ class Cut:
     at: int
 
 
+def as_bank(matrices: Tensor) -> Tensor:
+    """A view with three dimensions: a matrix (rows, columns) is a bank of one."""
+    return matrices if matrices.ndim == 3 else matrices.unsqueeze(0)
+
+
 class Plan:
     """The strings of all ranks for banks of `shapes`, which Newton-Schulz iterates `steps` times.
 
@@ -221,17 +226,20 @@ class Part:
         return banks
 
     def take(self, banks: Sequence[Tensor]) -> None:
-        """The inverse of `whole`."""
+        """The inverse of `whole`; a bank of one may come as a matrix."""
         for s in self.stretches:
-            self.matrices(s).copy_(banks[s.bank][s.first : s.first + s.count])
+            self.matrices(s).copy_(as_bank(banks[s.bank])[s.first : s.first + s.count])
 
 
 class Exchange:
-    """Gradients to the owners of the matrices, updates from them. One rank keeps gradients and updates in place."""
+    """Gradients to the owners of the matrices, updates from them. One rank keeps gradients and updates in place.
+
+    `banks` are (count, rows, columns), or (rows, columns) for a bank of one; updates have three dimensions.
+    """
 
     def __init__(self, banks: Sequence[Tensor], ranks: Ranks, steps: int, dtype: torch.dtype):
         self.banks, self.ranks = banks, ranks
-        self.plan = plan = Plan([tuple(bank.shape) for bank in banks], ranks.world_size, steps)  # type: ignore[misc]
+        self.plan = plan = Plan([tuple(as_bank(bank).shape) for bank in banks], ranks.world_size, steps)  # type: ignore[misc]
         new = banks[0].detach().new_zeros
         self.updates = Part(plan, ranks.rank, new(plan.length, dtype=dtype))
         if ranks.world_size == 1:
@@ -242,7 +250,7 @@ class Exchange:
         self.scatter_bounds, self.gather_bounds = plan.scatter_bounds(), plan.gather_bounds()
         self.scatter_cuts = plan.cuts(self.scatter_bounds)
         self.scatter_targets = [_in_buffer(cuts, self.outgoing) for cuts in self.scatter_cuts]
-        self.whole_updates = [new(bank.shape, dtype=dtype) for bank in banks]
+        self.whole_updates = [new(shape, dtype=dtype) for shape in plan.shapes]
         arriving = plan.cuts(self.gather_bounds)
         self.unpacking = [(_in_banks(cuts, self.whole_updates), _in_buffer(cuts, self.incoming)) for cuts in arriving]
         last = {cut.bank: segment for segment, cuts in enumerate(arriving) for cut in cuts}
@@ -275,7 +283,7 @@ class Exchange:
             if s.bank in self.plan.batches[batch]:
                 gradient = self.banks[s.bank].grad
                 assert gradient is not None
-                yield gradient, momentum.matrices(s), self.updates.matrices(s)
+                yield as_bank(gradient), momentum.matrices(s), self.updates.matrices(s)
 
     def begin_gather(self, batch: int) -> Pending:
         """Send what all ranks have ready once they have done this batch."""

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 import pgolf
 from pgolf import coder, ops, streams
-from pgolf.artifact import ROLES, StoredTensor, dtype_of, read_artifact, write_artifact
+from pgolf.artifact import ROLES, StoredTensor, read_artifact, write_artifact
 from pgolf.errors import ArtifactError
+from pgolf.stored_tensor import dtype_of
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
 KINDS = ("gptq", "scale")
@@ -63,7 +64,7 @@ def model():
 
 
 def read_by_description(data):
-    """Another program's reader: the coder, and for all else the docstring of pgolf.artifact alone."""
+    """Another program's reader: the coder, and for all else the docstrings of pgolf.artifact and pgolf.manifest."""
     assert data[:8] == bytes.fromhex("8950474f4c460d0a")
     version, stored_size, size, crc = struct.unpack_from("<IIII", data, 8)
     text = data[24 : 24 + stored_size]

@@ -112,3 +112,20 @@ def test_losses_of_targets_and_of_others(model, stride, bos_id):
     torch.testing.assert_close(of_others[hit], whole[hit])
     again = target_losses(model, tokens, ranks=ALONE, others=tokens[1:], **arguments)
     torch.testing.assert_close(torch.cat([each for _, _, each in again]), whole)
+
+
+@pytest.mark.parametrize(
+    ("count", "wrong", "named"),
+    [
+        (1, {}, r"tokens: shape \(1,\) is not accepted"),
+        (9, {"token_bytes": torch.ones(8)}, r"token_bytes: shape \(8,\), expected \(9,\)"),
+        (9, {"seq_len": 0}, "seq_len: 0 is not accepted"),
+        (9, {"stride": 17}, "stride: 17 is not accepted"),  # tokens between two windows would not be scored
+        (9, {"batch_tokens": 0}, "batch_tokens: 0 is not accepted"),
+    ],
+)
+def test_arguments_that_would_leave_tokens_out_are_refused_by_name(model, count, wrong, named):
+    tokens, token_bytes = make_tokens(count)
+    arguments = {"token_bytes": token_bytes, "seq_len": 16, "batch_tokens": 64, "ranks": ALONE, **wrong}
+    with pytest.raises(ValueError, match=named):
+        evaluate(model, tokens, **arguments)

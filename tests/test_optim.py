@@ -1,6 +1,7 @@
-"""Muon on banks, the moving average, and the grouping of parameters."""
+"""Muon on banks and matrices, the moving average, and the grouping of parameters."""
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +76,67 @@ def test_state_survives_saving():
     assert torch.equal(*(bank.detach() for bank in banks))
 
 
+EVERYTHING = {"weight_decay": 0.1, "row_normalize": True, "beta2": 0.9, "renormalize": "row", "dtype": torch.float32}
+
+
+def test_a_matrix_is_a_bank_of_one_and_stands_among_banks():
+    torch.manual_seed(0)
+    linear, start = nn.Linear(8, 12, bias=False), torch.randn(3, 8, 8)
+    matrices = [linear.weight, nn.Parameter(start.clone()), nn.Parameter(torch.randn(12, 8))]
+    banks = [nn.Parameter(p.detach().clone().view(-1, *p.shape[-2:])) for p in matrices]
+    rates = [0.5, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0])]
+    muons = [Muon(params, lr=0.1, lr_multipliers=rates, **EVERYTHING) for params in (matrices, banks)]
+    x = torch.randn(5, 8)
+    for _ in range(3):
+        linear(x).square().sum().backward()
+        for p in matrices[1:]:
+            p.grad = torch.randn(p.shape[::-1]).permute(*reversed(range(p.ndim)))  # of any strides
+        for matrix, bank in zip(matrices, banks, strict=True):
+            bank.grad = matrix.grad.clone().view(bank.shape)
+        for muon in muons:
+            muon.step()
+        linear.zero_grad()
+    for matrix, bank in zip(matrices, banks, strict=True):
+        assert torch.equal(matrix.detach(), bank.detach().view(matrix.shape))
+    assert not torch.equal(matrices[1].detach(), start)
+
+
+def test_a_closure_makes_the_gradients_and_its_loss_comes_back():
+    linear = nn.Linear(4, 4, bias=False)
+    before, muon = linear.weight.detach().clone(), Muon([linear.weight], lr=0.1)
+
+    def closure() -> float:
+        muon.zero_grad()
+        linear(torch.ones(2, 4)).square().sum().backward()
+        return 7.0
+
+    assert muon.step(closure) == 7.0
+    assert not torch.equal(linear.weight.detach(), before)
+
+
+@pytest.mark.parametrize("saved_as", [(12, 8), (1, 12, 8)])
+def test_state_of_a_matrix_has_its_shape_and_goes_on_in_either(saved_as):
+    torch.manual_seed(0)
+    gradients = torch.randn(4, 12, 8)
+    whole, saved = nn.Parameter(torch.zeros(12, 8)), nn.Parameter(torch.zeros(saved_as))
+    one, other = (Muon([p], lr=0.1, **EVERYTHING) for p in (whole, saved))
+    for gradient in gradients[:2]:
+        whole.grad, saved.grad = gradient.clone(), gradient.view(saved_as).clone()
+        one.step()
+        other.step()
+    state = copy.deepcopy(other.state_dict())
+    assert state["state"][0]["momentum_buffer"].shape == saved_as
+    assert state["state"][0]["variance"].shape == (*saved_as[:-1], 1)
+    again = nn.Parameter(saved.detach().clone().view(12, 8))
+    resumed = Muon([again], lr=0.5, **EVERYTHING)
+    resumed.load_state_dict(state)
+    for gradient in gradients[2:]:
+        whole.grad, again.grad = gradient.clone(), gradient.clone()
+        one.step()
+        resumed.step()
+    assert torch.equal(whole.detach(), again.detach())
+
+
 def one_step(gradient: torch.Tensor, **options) -> torch.Tensor:
     """What Muon at rate 1 subtracts from a bank for its first gradient."""
     bank = nn.Parameter(torch.zeros_like(gradient))
@@ -142,7 +204,7 @@ def test_split_lr_speeds_up_late_layers():
     ("options", "named"),
     [
         ({"renormalize": "rows"}, "renormalize: 'rows'"),
-        ({"lr_multipliers": [1.0, 2.0]}, "lr_multipliers: 2 for 1 banks"),
+        ({"lr_multipliers": [1.0, 2.0]}, "lr_multipliers: 2 for 1 parameters"),
         ({"lr_multipliers": [torch.ones(3)]}, r"lr_multipliers\[0\]: shape \(3,\)"),
     ],
 )
@@ -151,12 +213,21 @@ def test_muon_refuses_options_it_does_not_have(options, named):
         Muon([nn.Parameter(torch.zeros(2, 4, 4))], lr=0.1, **options)
 
 
-def test_muon_refuses_what_is_no_bank():
-    with pytest.raises(ValueError, match=r"banks.*\(4, 4\)"):
-        Muon([nn.Parameter(torch.zeros(4, 4))], lr=0.1)
-    with pytest.raises(ValueError, match="one dtype"):
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2, 4, 4)])
+def test_muon_refuses_what_is_no_matrix_and_no_bank_by_number_and_shape(shape):
+    with pytest.raises(ValueError, match=re.escape(f"params[1]: shape {shape} is not accepted; Muon takes matrices")):
+        Muon([nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(shape))], lr=0.1)
+
+
+def test_muon_refuses_what_it_cannot_step():
+    with pytest.raises(TypeError, match=r"params\[0\]: expected a parameter, got dict"):
+        Muon([{"params": [nn.Parameter(torch.zeros(4, 4))]}], lr=0.1)
+    muon = Muon([nn.Parameter(torch.zeros(4, 4))], lr=0.1)
+    with pytest.raises(ValueError, match="one group"):
+        muon.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4))]})
+    with pytest.raises(ValueError, match=r"params\[1\]: dtype torch.float64.*one dtype"):
         Muon([nn.Parameter(torch.zeros(1, 4, 4, dtype=dtype)) for dtype in (torch.float32, torch.float64)], lr=0.1)
-    with pytest.raises(RuntimeError, match="bank 0 of 1 has no gradient"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 of 1, \(1, 4, 4\), has no gradient"):
         Muon([nn.Parameter(torch.zeros(1, 4, 4))], lr=0.1).step()
 
 
@@ -171,7 +242,7 @@ def test_rates_and_momentum_change_without_compiling_anew(monkeypatch):
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        banks = [nn.Parameter(torch.randn(shape)) for shape in ((3, 16, 8), (2, 8, 8))]
+        banks = [nn.Parameter(torch.randn(shape)) for shape in ((3, 16, 8), (2, 8, 8), (12, 8))]
         muon = Muon(banks, lr=0.1, row_normalize=True, weight_decay=0.1, dtype=torch.float32, compiled=compiled)
         for step in range(5):
             for bank in banks:
@@ -179,7 +250,7 @@ def test_rates_and_momentum_change_without_compiling_anew(monkeypatch):
             muon.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.9 + 0.01 * step)
             muon.step()
         results.append([bank.detach() for bank in banks])
-    assert len(graphs) == 4  # two functions for two shapes
+    assert len(graphs) == 6  # two functions for three shapes
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled)
 

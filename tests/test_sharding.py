@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 RECORD = [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)]
 BANKS = [(5, 8, 8), (7, 4, 8), (3, 16, 8), (3, 8, 16), (2, 8, 8)]  # two of one shape
-FEW = [(1, 8, 8), (1, 4, 8)]  # from three ranks on, some have no matrix
+MIXED = [*BANKS, (8, 8), (12, 4)]  # matrices among the banks: banks of one
+FEW = [(1, 8, 8), (4, 8)]  # from three ranks on, some have no matrix
 SMALL = [(10, 8), (3,), (2, 4)]
 CLIP = 2.0
 STEPS = 4
@@ -99,9 +100,9 @@ def set_gradients(parameters: list[nn.Parameter], step: int, rank: int, world_si
         p.grad = whole / world_size + noise[rank] - noise.mean(0)
 
 
-def make(ranks: Ranks, dtype: torch.dtype = torch.float32, clip: float = CLIP, shapes=BANKS):
+def make(ranks: Ranks, dtype: torch.dtype = torch.float32, clip: float = CLIP, shapes=MIXED):
     banks, small = parameters(shapes)
-    rates = [torch.linspace(0.5, 2.0, len(bank)) for bank in banks]
+    rates = [torch.linspace(0.5, 2.0, len(sharding.as_bank(bank))) for bank in banks]
     muon = Muon(
         banks, lr=0.02, weight_decay=0.1, row_normalize=True, dtype=dtype, beta2=0.9, lr_multipliers=rates, ranks=ranks
     )
@@ -128,8 +129,10 @@ def everything(ranks: Ranks, folder: Path) -> None:
     """What one process does at one world size; what it leaves in `folder` is compared later."""
     weights, optimisers, losses = train(ranks, STEPS)
     rounded, _, _ = train(ranks, STEPS, dtype=torch.bfloat16, clip=0.0)
-    assert optimisers.muon.momentum.data.numel() < 1.3 * sum(map(math.prod, BANKS)) / ranks.world_size + 128
+    assert optimisers.muon.momentum.data.numel() < 1.3 * sum(map(math.prod, MIXED)) / ranks.world_size + 128
     few, _, _ = train(ranks, STEPS, shapes=FEW)
+    banks_of_one, _, _ = train(ranks, STEPS, shapes=[shape if len(shape) == 3 else (1, *shape) for shape in MIXED])
+    assert all(torch.equal(one, other.view_as(one)) for one, other in zip(weights, banks_of_one, strict=True))
     torch.save((weights + few, rounded, losses), folder / f"{ranks.world_size}-{ranks.rank}.pt")
     if ranks.world_size == SAVED_BY:
         weights, optimisers, _ = train(ranks, SAVED_AFTER)

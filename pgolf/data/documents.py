@@ -32,8 +32,10 @@ class Place(NamedTuple):
 class DocumentLoader:
     """Endless batches, the same stream for every world size; rank r gets the r-th contiguous part.
 
-    Errors: `UserError` when `batch_tokens` does not divide by `world_size`; `DataError` when there is no shard, one is
-    empty or has no BOS, or a batch meets a token that is not below `vocab_size`.
+    Raises:
+        UserError: `batch_tokens` does not divide by `world_size`.
+        DataError: there is no shard, one is empty or has no BOS, or a batch meets a token that is not below
+            `vocab_size`.
     """
 
     def __init__(

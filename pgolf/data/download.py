@@ -104,8 +104,11 @@ def download(
 ) -> DataPaths:
     """Fetch the whole validation split, the first `train_shards` training shards and the tokenizer of `variant`.
 
-    Errors: `UserError` for an unknown variant, more shards than there are, or too little disk space; `DataError` when a
-    file cannot be had or is not what the repository says. After any of them the same call goes on where it stopped.
+    After an error the same call goes on where it stopped.
+
+    Raises:
+        UserError: an unknown variant, more shards than there are, or too little disk space.
+        DataError: a file cannot be had or is not what the repository says.
     """
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}; accepted are {', '.join(VARIANTS)}")

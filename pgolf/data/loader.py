@@ -27,8 +27,10 @@ class TokenLoader:
     """Endless batches from token shards.
 
     The global batch is the same rows in the same order for every world size; rank r gets the r-th contiguous part.
-    Errors: `UserError` when `batch_tokens` does not divide into whole rows for every rank; `DataError` when a shard is
-    empty, none holds one window, or a batch meets a token that is not below `vocab_size`.
+
+    Raises:
+        UserError: `batch_tokens` does not divide into whole rows for every rank.
+        DataError: a shard is empty, none holds one window, or a batch meets a token that is not below `vocab_size`.
     """
 
     def __init__(

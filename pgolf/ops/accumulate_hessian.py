@@ -1,14 +1,8 @@
-"""Second moments of a matrix's inputs, added up batch by batch: H += xᵀ x.
+"""Second moments of a matrix's inputs, added up batch by batch.
 
-    H_ij += Σ_t x_ti x_tj    over the rows x_t of x, in float32
-
-Shapes and dtypes: hessian float32 (N, N), in place, symmetric when it comes; x (..., N), floating. What is added is
-symmetric to the bit: the lower triangle is computed and copied to the upper, so a symmetric H stays symmetric.
-float16 and bfloat16 inputs are multiplied exactly and added in float32, on CUDA by the tensor cores. All of it is
-products by PyTorch, on every device, so there is no choice of a backend. Not differentiable. Cost: on a CPU T N (N +
-128) FLOPs for T rows (a triangle, in blocks), on CUDA 2 T N² for one product; 2 T N bytes of bfloat16 read. float64
-inputs are rounded to float32. Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape that does not
-fit or tensors on two devices. NaN and infinity are added as they come; `gptq` refuses them.
+All of it is products by PyTorch, on every device, so there is no choice of a backend. Cost for T rows: on a CPU
+T N (N + 128) FLOPs (the lower triangle, in blocks, then copied to the upper), on CUDA 2 T N² for one product, of
+float16 and bfloat16 by the tensor cores; 2 T N bytes of bfloat16 read.
 """
 
 import torch
@@ -22,13 +16,32 @@ ROWS_AT_ONCE = 4096  # converted to float32 at a time, on a CPU
 
 
 def accumulate_hessian(hessian: Tensor, x: Tensor) -> Tensor:
-    """Add xᵀ x to `hessian`, in place.
+    """Add the second moments of `x` to `hessian`, in place: H += xᵀ x.
+
+        H_ij += Σ_t x_ti x_tj    over the rows x_t of x
+
+    float16 and bfloat16 inputs are multiplied exactly and added in float32; float64 is rounded to float32. What is
+    added is symmetric to the bit, so a symmetric H stays symmetric. NaN and infinity are added as they come; `gptq`
+    refuses them. Not differentiable.
 
     Args:
-        hessian: float32 (N, N), symmetric.
-        x: (..., N), floating; all but the last dimension are rows.
+        hessian: float32 (N, N), symmetric; changed in place.
+        x: (..., N), any floating dtype, on the device of hessian; all but the last dimension are rows.
     Returns:
         hessian.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape that does not fit, or tensors on two devices.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> hessian = torch.zeros(16, 16)
+        >>> for _ in range(3):
+        ...     _ = ops.accumulate_hessian(hessian, torch.randn(4, 8, 16))
+        >>> hessian.shape, torch.equal(hessian, hessian.mT)
+        (torch.Size([16, 16]), True)
+
+    Source: the Hessian of GPTQ, Frantar et al., arXiv 2210.17323.
     """
     _check(hessian, x)
     _accumulate_hessian(hessian, x)

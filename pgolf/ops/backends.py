@@ -34,12 +34,38 @@ _forced: str | None = None
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was forced that an operation does not have on this machine or for these tensors."""
+    """A backend was forced that an operation does not have on this machine or for these tensors.
+
+    The message says why not and what mends it. A RuntimeError.
+
+    Raises:
+        Nothing itself; every operation with a choice of backends raises it, before anything runs.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> with ops.backend("triton"):
+        ...     ops.gptq(torch.ones(1, 4), torch.eye(4), bits=6)
+        Traceback (most recent call last):
+        ...
+        pgolf.ops.backends.BackendUnavailable: gptq: backend 'triton' cannot run on cpu: gptq has no triton kernel
+    """
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run; `reason` says where or why not, `mend` is what to do about it ("" if nothing)."""
+    """Whether a backend can run an operation, as `available` tells it.
+
+    Attributes:
+        ok: whether it can.
+        reason: where it runs, or why it does not; "" if there is nothing to say.
+        mend: what to do about it; "" if nothing.
+    Raises:
+        Nothing.
+    Example:
+        >>> from pgolf import ops
+        >>> ops.available()["gptq"]["triton"]
+        Availability(ok=False, reason='gptq has no triton kernel', mend='')
+    """
 
     ok: bool
     reason: str = ""
@@ -58,7 +84,22 @@ def register(op: str, **devices: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend for every operation of this process while the block runs. Nests; restores on an exception."""
+    """Force a backend for every operation of this process while the block runs. Nests; restores on an exception.
+
+    `PGOLF_BACKEND=name` does it for a whole process. Compiled code is compiled anew where the forced backend changes.
+
+    Args:
+        name: one of `ops.BACKENDS`: "reference" (plain PyTorch), "native" (C++, CUDA) or "triton".
+    Raises:
+        ValueError: an unknown name. An operation that lacks the backend raises `BackendUnavailable` when it is called.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> with ops.backend("reference"):
+        ...     packed = ops.pack_bits(torch.zeros(8, dtype=torch.int8), bits=6)
+        >>> ops.used()["pack_bits"]
+        'reference'
+    """
     global _forced
     _check_name(name)
     outer, _forced = _forced, name
@@ -115,17 +156,52 @@ def _preferred(op: str, device_type: str, no_kernel_for: str) -> str:
 
 
 def available() -> dict[str, dict[str, Availability]]:
-    """For every operation and backend: can it run on this machine, where or why not, and the mend."""
+    """For every operation and backend: can it run on this machine, where or why not, and the mend.
+
+    Returns:
+        {operation: {backend: `Availability`}}, for all of `ops.BACKENDS`.
+    Raises:
+        Nothing.
+    Example:
+        >>> from pgolf import ops
+        >>> ops.available()["newton_schulz"]["reference"].ok
+        True
+    """
     return {op: {name: _anywhere(op, name) for name in BACKENDS} for op in sorted(_devices)}
 
 
 def used() -> dict[str, str]:
-    """The backend that each operation chose last, since the process started."""
+    """The backend that each operation chose last, since the process started.
+
+    Returns:
+        {operation: backend}, of those that ran.
+    Raises:
+        Nothing.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> _ = ops.newton_schulz(torch.randn(4, 4))
+        >>> ops.used()["newton_schulz"] in ops.BACKENDS
+        True
+    """
     return dict(_used)
 
 
 def fallbacks() -> list[str]:
-    """Operations that ran as `reference` on CUDA because no kernel could, in order of first use."""
+    """Operations that ran as `reference` on CUDA because no kernel could, in order of first use. Each warned once.
+
+    Returns:
+        A list of names; empty where everything ran by a kernel, or on the CPU.
+    Raises:
+        Nothing.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> before = ops.fallbacks()
+        >>> _ = ops.newton_schulz(torch.randn(4, 4))  # on the CPU
+        >>> ops.fallbacks() == before
+        True
+    """
     return list(_fallbacks)
 
 

@@ -1,20 +1,9 @@
 """The model's input: a row of the embedding table for each token, SmearGate, RMSNorm.
 
-    e_t = table[token_t]
-    s_t = e_t + λ sigmoid(W · e_t[:w]) e_{t-1},   s_t = e_t where a document or a row of the batch starts
-    y_t = s_t / sqrt(mean(s_t²) + eps)                    over D; eps is that of float32, for float64 its own
-
-Shapes and dtypes: tokens (rows, length) int64 or int32; table (V, D) floating; W (1, w), w <= D, and λ (1,) of the
-table's dtype or float32; starts (rows or 1, length) bool. Result (rows, length, D) like the table. Computed in float32
-(float64 for float64) and rounded once. Differentiable in table, W and λ, once. Only the inputs are kept for the
-backward pass, and of them only the tokens grow with the batch.
-
+Only the inputs are kept for the backward pass, and of them only the tokens grow with the batch.
 Cost for X bytes of results: X and the table forward. The backward pass reads the table and the results' gradient and
 writes the gradient of each token's row, 2 X, which torch's embedding_dense_backward adds up by row of the table, X and
 the table. Adding up in the kernel would save 2 X, but with atomics, so that no two runs have the same bits.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit; on the CPU a token
-outside 0..V-1 raises `ValueError`, on a GPU an assertion of the device.
-Source: SmearGate, PR #1667 of the challenge; its mask at document starts, #1855.
 """
 
 import torch
@@ -28,14 +17,37 @@ backends.register("embedding_smear_norm", triton=("cuda",))
 
 
 def embedding_smear_norm(tokens: Tensor, table: Tensor, weight: Tensor, strength: Tensor, starts: Tensor) -> Tensor:
-    """(rows, length, D): the normalised, smeared embeddings.
+    """Look up embeddings, let each take in a gated part of the one before it, and normalise.
+
+        e_t = table[token_t]
+        s_t = e_t + λ sigmoid(W · e_t[:w]) e_{t-1},   s_t = e_t where a document or a row of the batch starts
+        y_t = s_t / sqrt(mean(s_t²) + eps)            over D; eps is that of float32, for float64 its own
+
+    Computed in float32 (float64 for float64) and rounded once. Differentiable in table, weight and strength, once.
 
     Args:
         tokens: (rows, length) int64 or int32, in 0..V-1.
         table: (V, D) embeddings, floating.
-        weight: (1, w) of the gate, which reads the first w channels.
-        strength: (1,) the gate's largest value, λ.
-        starts: (rows or 1, length) bool, whether a document starts at a token. The first of a row always does.
+        weight: (1, w), the dtype of table or float32: W of the gate, which reads the first w <= D channels.
+        strength: (1,), dtype as for weight: λ, the gate's largest value.
+        starts: (rows, length) or (1, length) bool, whether a document starts at a token. The first of a row always
+            does.
+    Returns:
+        (rows, length, D), the dtype of table.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape or device that does not fit; on the CPU a token outside 0..V-1 (on a GPU the device
+            asserts).
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> tokens = torch.randint(100, (2, 8))
+        >>> starts = torch.zeros(1, 8, dtype=torch.bool)
+        >>> ops.embedding_smear_norm(tokens, torch.randn(100, 32), torch.randn(1, 12), torch.ones(1), starts).shape
+        torch.Size([2, 8, 32])
+
+    Source: SmearGate, PR #1667 of the challenge; its mask at document starts, PR #1855.
     """
     _check(tokens, table, weight, strength, starts)
     exact = table.dtype == torch.float64

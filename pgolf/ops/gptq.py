@@ -1,39 +1,18 @@
 """GPTQ: round a matrix column by column, each column's error pushed onto the columns still to come.
 
-For weights W (M, N) that multiply inputs with second moments H = Σ x xᵀ (N, N), rounded to values q and a scale s a
-row, the loss is tr((W - Q) H (W - Q)ᵀ) with Q = s·q:
+Why the order is reversed: with H = V D Vᵀ and e = (W - Q) V the loss is Σ_k D_k |e_k|², of which w_k - s q_k is column
+k, so each q_k is the best there is, given those before it. Taking the last column first is what needs one factorisation
+only; GPTQ as published wants the factor of H⁻¹, which is V⁻¹ in the opposite order, and gives the same values. Columns
+are taken a block at a time: inside a block the sum is kept column by column, the columns behind it get one matrix
+product a block.
 
-    s_r = clip_sigmas · std(W_r) / qmax, rounded to float16;    qmax = 2^(bits-1) - 1
-    H  ← H + damping · mean(diag H) · I, columns in ascending order of diag H (act_order), else the last first
-    H  = V D Vᵀ, V lower triangular with ones on its diagonal, D diagonal
-    for each column k, the last first:  w_k = W_k + Σ_{j>k} (W_j - s q_j) V_jk;  q_k = clamp(round(w_k / s), ±qmax)
-
-The loss is Σ_k D_k |e_k|² with e = (W - Q) V, of which w_k - s q_k is column k: each q_k is the best there is, given
-those before it. Taking the last column first is what needs one factorisation only; GPTQ as published wants the factor
-of H⁻¹, which is V⁻¹ in the opposite order, and gives the same values. Rounding is half to even. Columns are taken a
-block at a time: inside a block the sum is kept column by column, the columns behind it get one matrix product a
-block.
-
-Shapes and dtypes: weight (M, N) or bank (B, M, N), hessian (N, N), or (B, N, N) for a bank; floating. Work is done in
-float32, in float64 (by the definition, on every backend) if weight or hessian is float64. Result: values int8 like
-weight, scale float16 (M,) or (B, M). Cost a matrix: N³/3 FLOPs to factor, M N² for the sums, both once; 4 (M + 1.5 N) N
-bytes read at least. Each matrix of a bank gives what it gives alone.
+Cost a matrix: N³/3 FLOPs to factor, M N² for the sums, both once; 4 (M + 1.5 N) N bytes read at least.
 
 Backends round differently in the last bit of the sums: values may differ from the definition's where w_k / s lies
 within such an error of a tie, and then in later columns of that row. On the CPU the native values depend neither on
 the number of threads nor on block_size, and the sums use fused multiply-add where the CPU has it; a Hessian that is
 shared by a bank is factored once. On CUDA one launch a block rounds every row of every matrix, 128 columns at most,
 and PyTorch does the factorisation and the products, in full float32.
-
-What happens at the edges
-- A dead column (zero on the diagonal of H) is rounded to nearest and pushes nothing.
-- H not positive definite after damping: the damping of that matrix is multiplied by 10 (from at least 1e-4) until it
-  factors, at most to 1.0; then `ValueError` names the matrix.
-- A row without variance takes s = max|W_r| / qmax. A scale below 2^-24, the smallest float16, becomes 2^-24; one that
-  overflows float16 raises `ValueError`.
-- NaN or infinity, a negative diagonal or a lopsided H raise `ValueError`; nothing is silently repaired.
-Sources: Frantar et al., arXiv 2210.17323; clipping at k standard deviations and the reversed factorisation are the
-challenge's (its pull requests 1394 and 1948).
 """
 
 import contextlib
@@ -66,16 +45,45 @@ def gptq(
 ) -> tuple[Tensor, Tensor]:
     """Quantise a matrix or a bank so that tr((W - Q) H (W - Q)ᵀ) is small, Q = scale · values.
 
+    For weights W (M, N) that multiply inputs x with second moments H = Σ x xᵀ, values q and a scale s a row:
+
+        s_r = clip_sigmas · std(W_r) / qmax, rounded to float16;    qmax = 2^(bits-1) - 1
+        H  ← H + damping · mean(diag H) · I, columns in ascending order of diag H (act_order), else the last first
+        H  = V D Vᵀ, V lower triangular with ones on its diagonal, D diagonal
+        for each column k, the last first:  w_k = W_k + Σ_{j>k} (W_j - s q_j) V_jk;  q_k = clamp(round(w_k / s), ±qmax)
+
+    Rounding is half to even. Work is done in float32, in float64 (by the definition, on every backend) if weight or
+    hessian is float64. Each matrix of a bank gives what it gives alone. Not differentiable. At the edges:
+    - A dead column (zero on the diagonal of H) is rounded to nearest and pushes nothing.
+    - H not positive definite after damping: the damping of that matrix is multiplied by 10 (from at least 1e-4) until
+      it factors, at most to 1.0.
+    - A row without variance takes s = max|W_r| / qmax. A scale below 2^-24, the smallest float16, becomes 2^-24.
+
     Args:
         weight: (M, N) or (B, M, N), floating.
         hessian: (N, N), or (B, N, N) for a bank, or (N, N) shared by a bank; floating, symmetric.
-        bits: 2 to 8.
+        bits: of a value, 2 to 8.
         clip_sigmas: where rows are clipped, in standard deviations of the row, > 0.
-        damping: added to the diagonal, in units of its mean, >= 0.
+        damping: added to the diagonal, in units of its mean, 0 to 1.
         act_order: columns are taken in descending order of the Hessian's diagonal, else as they come.
         block_size: columns a block, >= 1; changes the speed, and the result by rounding only.
     Returns:
         values int8 like weight, in -(2^(bits-1)-1)..2^(bits-1)-1, and scale float16 of shape (M,) or (B, M).
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device or number that does not fit; NaN, infinity, a negative diagonal or a lopsided H; a
+            matrix that cannot be factored (it is named); a scale that overflows float16. Nothing is silently repaired.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> weight, x = torch.randn(8, 16), torch.randn(100, 16)
+        >>> values, scale = ops.gptq(weight, x.mT @ x, bits=6)
+        >>> values.dtype, values.shape, scale.dtype, scale.shape
+        (torch.int8, torch.Size([8, 16]), torch.float16, torch.Size([8]))
+
+    Sources: Frantar et al., arXiv 2210.17323; clipping at k standard deviations and the reversed factorisation, PRs
+    #1394 and #1948 of the challenge.
     """
     _check(weight, hessian, bits, clip_sigmas, damping, act_order, block_size)
     arguments = (weight, hessian, bits, clip_sigmas, damping, act_order, block_size)

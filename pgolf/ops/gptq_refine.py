@@ -1,21 +1,8 @@
 """Coordinate descent after GPTQ: each value moved to the best integer given all others, each row's scale refitted.
 
-For weights W (M, N), second moments H (N, N), values q and a scale s a row, Q = s·q and R = (W - Q) H:
-
-    sweep   for each column j:  t = R_j / (s H_jj);   where |t| > 0.501:  δ = clamp(round(t), ±qmax - q_j)
-                                q_j += δ;   R -= δ s H_j
-    refit   s' = (q H wᵀ) / (q H qᵀ), rounded to float16;   kept where it is closer to the quotient than s was
-
-The loss tr((W - Q) H (W - Q)ᵀ) falls by s² H_jj δ (2t - δ) with each move and never rises: t between 0.5 and 0.501 is
-left, where the move gains nothing and rounding errors decide. At most `sweeps` sweeps, a refit, again for `refits`
-times, and `sweeps` sweeps at the end; a row is done when a sweep and a refit change nothing. GPTQ decides a column by
-what came before it, this by everything: the second starts where the first ends.
-
-Shapes and dtypes as for `gptq`; no damping is added, so the loss that falls is that under the hessian given. Work is
-done in float32, in float64 (by the definition) if weight or hessian is float64. Cost a matrix: 2 M N² FLOPs for each
-of R and W H (the latter only for a refit), N for each value that moves. Dead columns stay as they are. No result
-depends on the number of threads. Errors: `ValueError` for NaN, infinity, a negative diagonal or a lopsided hessian,
-for values beyond ±qmax and scales that are not positive.
+GPTQ decides a column by what came before it, this by everything: the second starts where the first ends.
+Cost a matrix: 2 M N² FLOPs for each of R and W H (the latter only for a refit), N for each value that moves. No result
+depends on the number of threads.
 """
 
 import torch
@@ -35,16 +22,43 @@ def gptq_refine(
 ) -> tuple[Tensor, Tensor]:
     """Lower tr((W - Q) H (W - Q)ᵀ), Q = scale · values, by moving values and refitting scales.
 
+    For weights W, second moments H, values q and a scale s a row, with R = (W - Q) H:
+
+        sweep   for each column j:  t = R_j / (s H_jj);   where |t| > 0.501:  δ = clamp(round(t), ±qmax - q_j)
+                                    q_j += δ;   R -= δ s H_j
+        refit   s' = (q H wᵀ) / (q H qᵀ), rounded to float16;   kept where it is closer to the quotient than s was
+
+    Each move lowers the loss by s² H_jj δ (2t - δ), and none raises it: t between 0.5 and 0.501 is left, where the move
+    gains nothing and rounding errors decide. At most `sweeps` sweeps, a refit, again for `refits` times, and `sweeps`
+    sweeps at the end; a row is done when a sweep and a refit change nothing. No damping is added, so the loss that
+    falls is that under the hessian given; columns with zero on its diagonal stay as they are. Work is done in float32,
+    in float64 (by the definition) if weight or hessian is float64. Not differentiable.
+
     Args:
         weight: (M, N) or (B, M, N), floating.
         hessian: (N, N), or (B, N, N) for a bank, or (N, N) shared by a bank; floating, symmetric.
         values: int8 like weight, in -(2^(bits-1)-1)..2^(bits-1)-1, as `gptq` returns them.
         scale: float16 (M,) or (B, M), > 0.
-        bits: 2 to 8.
+        bits: of a value, 2 to 8.
         sweeps: passes over the columns, at most, before each refit and at the end; >= 0.
         refits: times the scales are refitted, at most; 0 keeps them.
     Returns:
         values and scale, new tensors like those given.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device or number that does not fit; NaN, infinity, a negative diagonal or a lopsided
+            hessian; values beyond their bits; a scale that is not positive and finite.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> weight, x = torch.randn(8, 16), torch.randn(100, 16)
+        >>> values, scale = ops.gptq(weight, x.mT @ x, bits=4)
+        >>> values, scale = ops.gptq_refine(weight, x.mT @ x, values, scale, bits=4)
+        >>> values.shape, scale.shape
+        (torch.Size([8, 16]), torch.Size([8]))
+
+    Source: cyclic coordinate descent on the loss of GPTQ, Frantar et al., arXiv 2210.17323.
     """
     _check(weight, hessian, values, scale, bits, sweeps, refits)
     wide = work_dtype(weight, hessian) == torch.float64

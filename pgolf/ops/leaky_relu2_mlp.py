@@ -1,13 +1,5 @@
 """The feed-forward block of the records: up-projection, leaky ReLU, square, down-projection.
 
-    z   = x w_upᵀ                       (..., H)
-    a   = z where z > 0, slope·z elsewhere
-    out = (a ⊙ a) w_downᵀ               (..., D)
-
-`slope = 0` is relu². Shapes and dtypes: x (..., D), w_up (H, D), w_down (D, H), all of one floating dtype (under
-autocast any mixture); out like x. Any D, H >= 0 and any number of tokens, none included. Differentiable in x, w_up and
-w_down, once; products accumulate in float32 or wider, those of the weights' gradients too.
-
 Besides x, one tensor of tokens x H is kept for the backward pass, whatever the backend:
     reference   a, which for slopes >= 0 says all that is needed: d(a²)/dz = 2·leaky_relu(a, slope)
     triton      a² with the sign of z in its last mantissa bit (triton_kernels/leaky_relu2_mlp.py): two kernels have the
@@ -17,8 +9,6 @@ float64 is always computed by the reference.
 Cost for T tokens: 4·T·D·H FLOPs forward, twice that backward. Least traffic with one hidden tensor: it is written once
 and read four times, its gradient written once and read twice; at 98,304 x 512 x 2048 in bfloat16 3.4 GB, against 3.8 GB
 where both a and a² are stored.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape, device or slope that does not fit.
-Source: squared ReLU, So et al., Primer, arXiv 2109.08668; the leaky form comes from the challenge's records.
 """
 
 import math
@@ -33,15 +23,36 @@ backends.register("leaky_relu2_mlp", triton=("cuda",))
 
 
 def leaky_relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = 0.5) -> Tensor:
-    """leaky_relu(x w_upᵀ, slope)² w_downᵀ.
+    """The feed-forward block leaky_relu(x w_upᵀ, slope)² w_downᵀ, with one hidden tensor kept for the backward pass.
+
+        z   = x w_upᵀ                       (..., H)
+        a   = z where z > 0, slope·z elsewhere
+        out = (a ⊙ a) w_downᵀ               (..., D)
+
+    Any D, H >= 0 and any number of tokens, none included. Differentiable in x, w_up and w_down, once. Products
+    accumulate in float32 or wider, those of the weights' gradients too.
 
     Args:
         x: (..., D) activations, floating.
-        w_up: (H, D), dtype of x.
+        w_up: (H, D), dtype of x (under autocast any floating dtypes may be mixed).
         w_down: (D, H), dtype of x.
         slope: factor of negative values, 0 to 1; 0 is relu².
     Returns:
         (..., D), dtype of x (under autocast, the autocast dtype).
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device or slope that does not fit.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> x = torch.randn(2, 8, 16, requires_grad=True)
+        >>> out = ops.leaky_relu2_mlp(x, torch.randn(64, 16), torch.randn(16, 64), slope=0.5)
+        >>> out.sum().backward()
+        >>> out.shape, x.grad.shape
+        (torch.Size([2, 8, 16]), torch.Size([2, 8, 16]))
+
+    Source: squared ReLU, So et al., Primer, arXiv 2109.08668; the leaky form comes from the challenge's records.
     """
     _check(x, w_up, w_down, slope)
     if torch.is_autocast_enabled(x.device.type):

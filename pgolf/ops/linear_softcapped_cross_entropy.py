@@ -1,17 +1,8 @@
-"""The output layer and its loss in one: soft-capped cross-entropy of hidden · weightᵀ, logits never whole in memory.
-
-    logits = hidden weightᵀ                              a chunk of rows at a time, in one buffer
-    loss   = softcapped_cross_entropy(logits, targets)   the buffer becomes g = d loss / d logits, in place
-    d hidden = g weight,    d weight = Σ over chunks gᵀ hidden
+"""The output layer and its loss in one, logits never whole in memory.
 
 "mean" and "sum" make both gradients in the forward, for a factor of 1 a token; the backward multiplies them by what
-arrives. "none" computes the chunks again in the backward, since each token has a factor of its own.
-
-Shapes and dtypes: hidden (..., D) and weight (V, D) of one floating dtype (autocast casts both), targets (...) int64 or
-int32. Losses float32 (float64 for float64). Logits and g are rounded to the dtype of hidden, as they are where the
-layer stands alone; d weight is summed over the chunks in float32. Reductions, `ignore_index` and errors are those of
-softcapped_cross_entropy.py. Saved for the backward: nothing of T x V values.
-Chunks fill half of the L2 on CUDA, about 2 MB on the CPU.
+arrives. "none" computes the chunks again in the backward, since each token has a factor of its own. Saved for the
+backward: nothing of T x V values. Chunks fill half of the L2 on CUDA, about 2 MB on the CPU.
 
 Bytes at the record's shape (98,304 tokens, V 8192, D 512, bfloat16), each tensor once for each operation:
     this, if chunks stay in the L2: hidden, weight in; d hidden, d weight (float32) out; targets, losses    0.23 GB
@@ -46,17 +37,40 @@ def linear_softcapped_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
-    """Cross-entropy in nats of `softcap * tanh(hidden @ weight.T / softcap)` against `targets`.
+    """Cross-entropy in nats of soft-capped `hidden @ weight.T`, the logits never whole in memory.
+
+        logits = hidden weightᵀ                              a chunk of rows at a time, in one buffer
+        loss   = softcapped_cross_entropy(logits, targets)   the buffer becomes g = d loss / d logits, in place
+        d hidden = g weight,    d weight = Σ over chunks gᵀ hidden
+
+    Logits and g are rounded to the dtype of hidden, as they are where the layer stands alone; d weight is summed over
+    the chunks in float32. Differentiable in hidden and weight, once. What is said of tokens that do not count holds as
+    for `softcapped_cross_entropy`.
 
     Args:
         hidden: (..., D), floating.
-        weight: (V, D), the dtype of hidden.
+        weight: (V, D), the dtype of hidden (autocast casts both).
         targets: (...) int64 or int32, values 0..V-1 or `ignore_index`.
         softcap: bound of the capped logits, > 0.
-        reduction: "mean", "sum" or "none".
+        reduction: "mean" over the tokens that count, "sum" or "none".
         ignore_index: target value of tokens that do not count.
     Returns:
-        A scalar, or (...) for "none"; float32 (float64 for float64 inputs).
+        A scalar, or (...) for "none"; float32 (float64 for float64 inputs), in nats.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device, number or name that does not fit; on the CPU a target outside 0..V-1.
+        RuntimeError: a backward with `create_graph=True`.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> hidden, weight = torch.randn(2, 8, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+        >>> ops.linear_softcapped_cross_entropy(hidden, weight, torch.randint(100, (2, 8))).backward()
+        >>> hidden.grad.shape, weight.grad.shape
+        (torch.Size([2, 8, 16]), torch.Size([100, 16]))
+
+    Source: head and loss in chunks, Hsu et al., Liger Kernel, arXiv 2410.10989; soft-capping, Gemma 2, arXiv
+    2408.00118.
     """
     _check(hidden, weight, targets)
     check_arguments(softcap, reduction, ignore_index)

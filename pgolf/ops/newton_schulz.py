@@ -1,28 +1,5 @@
 """Orthogonalisation by Newton-Schulz iteration: the direction of a Muon step, for a bank of matrices at once.
 
-For X = U S Vᵀ each step applies an odd polynomial to the singular values and leaves U and V alone:
-
-    X ← X / ‖X‖_F                            singular values in [0, 1]
-    G = X Xᵀ,  X ← a X + (b G + c G²) X      s ← a s + b s³ + c s⁵
-
-In the end all singular values that were not tiny lie in a band around 1, so X ≈ U Vᵀ. The band, for singular values
-(of X normalised) of at least
-- "quintic", (3.4445, -4.7750, 2.0315) repeated: after 5 steps, from 3e-3, 0.68 to 1.21;
-- "polar_express", one optimal polynomial a step, with the paper's safety factor 1.01 (a/1.01, b/1.01³, c/1.01⁵; from
-  the eighth step on the fixed point (1.875, -1.25, 0.375), unscaled): after 5 steps, from 3e-3, 0.87 to 1.13;
-- "aol", four polynomials with a small gain for the normalisation of that name: from 1e-2, 0.97 to 1.15.
-
-Normalisations, all of which leave no singular value above 1:
-- "frobenius", as above;
-- "row", each row to length 1 (a zero row stays), then Frobenius: MuonEq-R;
-- "aol", each row of the short side (column, if X is tall) divided by sqrt(Σ_j |G|_ij): singular values come out five to
-  seven times as large as from Frobenius for Gaussian matrices, so four steps do what five did. U and V change.
-
-Shapes and dtypes: bank (M, N) or (B, M, N), wide, tall or square, float16/bfloat16/float32/float64. Result like bank,
-contiguous. Not meant to be differentiated through.
-A zero matrix gives zero; scale does not matter (it is divided out before squares can underflow). A matrix of rank r
-gives r singular values in the band and the others near 0. NaN or infinity in a matrix makes all of that matrix NaN.
-
 The reference computes the products in the bank's dtype and the normalisation in float32 or wider. The Triton path
 computes one triangle of symmetric products and for bfloat16 banks iterates in float16, which has three bits more (a
 list of polynomials that could leave its range is iterated in bfloat16). Those bits pay for the Gram form where the long
@@ -32,22 +9,12 @@ side is at least twice the short one, two steps at a time:
 
 In the dtype of the bank it can have two to four times the error of the plain products, so float16 and float32 banks
 take the steps one by one. Three steps without forming X lose the small singular values beside large ones
-(bench/NOTES.md). Square banks take the steps one by one too: there the form saves nothing. float64 is always computed
-by the reference.
-Error against float64 for 5 steps and singular values within a factor of 10: float32 < 1e-5, float16 < 4e-3, bfloat16
-< 3e-2. The bounds of single products do not hold, because a small singular value is multiplied by up to 1,000, its
-rounding error with it; the error is at most 1.1 times that of the same products written out one by one.
+(bench/NOTES.md). Square banks take the steps one by one too: there the form saves nothing.
 
 Cost of a step and matrix, n <= m: the reference 4n²m + 2n³ FLOPs, the Triton path as `flops` says. Launches of the
 Triton path: 2 to normalise (with "aol" 7, one of them a product), 3 a step, in the Gram form 9 for two, and 1 to copy
 where the dtype changes, a size is no multiple of 8 or `out` is given; where a x is added apart, the library may copy x
-besides. So 5 steps of a bfloat16 bank take 18 if it is square and 24 in the Gram form. Nothing waits for the device, so
-a CUDA graph can hold it all.
-
-Errors: `TypeError`/`ValueError` naming the argument.
-Sources: Muon, kellerjordan.github.io/posts/muon; Amsel et al., The Polar Express, arXiv 2505.16932; Boissin et al.,
-Turbo-Muon, arXiv 2512.04632, whose published code (github.com/thib-s/flash-newton-schulz) takes the last four of the
-five polynomials of YouJiacheng's Muon; MuonEq, row equilibration; the Gram form, Dao-AILab/gram-newton-schulz.
+besides. So 5 steps of a bfloat16 bank take 18 if it is square and 24 in the Gram form. Nothing waits for the device.
 """
 
 import math
@@ -102,17 +69,43 @@ def newton_schulz(
     normalize: str = "frobenius",
     out: Tensor | None = None,
 ) -> Tensor:
-    """Replace every matrix U S Vᵀ of `bank` by approximately U Vᵀ.
+    """Replace every matrix X = U S Vᵀ of `bank` by approximately U Vᵀ, the nearest semi-orthogonal matrix.
+
+        X ← X / ‖X‖_F                            singular values in [0, 1]
+        G = X Xᵀ,  X ← a X + (b G + c G²) X      each step: s ← a s + b s³ + c s⁵, the same U and V
+
+    In the end all singular values that were not tiny lie in a band around 1, zeros near 0. A zero matrix gives zero;
+    scale does not matter; NaN or infinity makes all of its matrix NaN. Error against float64 for 5 steps and singular
+    values within a factor of 10: float32 < 1e-5, float16 < 4e-3, bfloat16 < 3e-2, since a small singular value is
+    multiplied by up to 1,000, its rounding error with it; and at most 1.1 times that of the plain products in the same
+    dtype. float64 is always computed by the reference. Not to be differentiated through.
 
     Args:
-        bank: (M, N) or (B, M, N), floating.
-        coefficients: "polar_express", "quintic", "aol" (four steps), or a list of (a, b, c), one a step; `steps` is
-            not used with the latter two.
-        steps: number of iterations, 1 to 100.
-        normalize: "frobenius", "row" or "aol".
+        bank: (M, N) or (B, M, N), wide, tall or square, floating.
+        coefficients: (a, b, c) of each step as a list, or a name (band of singular values that were at least so large):
+            "polar_express": an optimal polynomial a step, its argument divided by the paper's safety factor 1.01; from
+                the eighth step on (1.875, -1.25, 0.375), unscaled (5 steps: 0.87 to 1.13 from 3e-3);
+            "quintic": (3.4445, -4.7750, 2.0315) in every step (5 steps: 0.68 to 1.21 from 3e-3);
+            "aol": four polynomials with a small gain for the normalisation of that name (0.97 to 1.15 from 1e-2).
+        steps: 1 to 100; not used with "aol" or a list.
+        normalize: "frobenius", as above; "row", each row to length 1, then Frobenius; "aol", each row of the short side
+            divided by sqrt(Σ_j |G|_ij), so that four steps do what five did, but U and V change.
         out: where to write the result, like bank; may be bank itself.
     Returns:
-        `out`, or a new tensor like bank.
+        `out`, or a new contiguous tensor of the shape and dtype of bank.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device, name or number that is not accepted.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> ops.newton_schulz(torch.randn(22, 64, 32)).shape
+        torch.Size([22, 64, 32])
+
+    Sources: Muon, kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932; "aol", Turbo-Muon, arXiv
+    2512.04632, and YouJiacheng's polynomials; "row", MuonEq, arXiv 2603.28254; the Gram form,
+    Dao-AILab/gram-newton-schulz.
     """
     _check(bank, normalize)
     polynomials = step_coefficients(coefficients, steps)

@@ -1,19 +1,7 @@
 """Integers of 1 to 8 bits, stored without gaps in a stream of bytes, and back.
 
-Layout: value i of n occupies bits [i·bits, (i+1)·bits) of the stream, least significant bit first; bit b of the stream
-is bit b mod 8 of byte b // 8. What is stored are the low `bits` bits, two's complement for signed values, so 8 values
-make exactly `bits` bytes and a stream needs no header. Size: ceil(n·bits / 8) bytes; pad bits at the end are written as
-zero and not looked at when reading.
-
-    pack    byte_j  = Σ over bits b of byte j of  stream_bit(8 j + b) · 2^b
-    unpack  u_i     = (stream >> i·bits) mod 2^bits;   signed: u_i - 2^bits where u_i >= 2^(bits-1)
-
-Shapes and dtypes: values int8 (-2^(bits-1)..2^(bits-1)-1) or uint8 (0..2^bits-1) of any shape and strides, read in
-row-major order; packed uint8 (ceil(n·bits/8),). Not differentiable. Exact: every backend gives the same bytes.
-Least traffic: n + ceil(n·bits/8) bytes each way; on CUDA one read of n bytes more, for the check of the range, which
-the CPU's kernel does as it packs; 0 FLOPs.
-Errors: `TypeError` for a wrong type or dtype; `ValueError` for bits outside 1..8, a value out of range, a packed size
-that does not fit the shape, or a shape with a negative size. No values are changed by them and no stream is returned.
+Exact: every backend gives the same bytes. Least traffic for n values: n + ceil(n·bits/8) bytes each way; on CUDA one
+read of n bytes more, for the check of the range, which the CPU's kernel does as it packs; 0 FLOPs.
 """
 
 import math
@@ -29,13 +17,33 @@ backends.register("unpack_bits", native=("cpu", "cuda"))
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Pack integers into a stream of `bits` bits each.
+    """Pack integers into a stream of `bits` bits each, without gaps.
+
+        byte_j = Σ over bits b of byte j of  stream_bit(8 j + b) · 2^b
+
+    Value i of n occupies bits [i·bits, (i+1)·bits) of the stream, least significant bit first; bit b of the stream is
+    bit b mod 8 of byte b // 8. What is stored are the low `bits` bits, two's complement for signed values, so 8 values
+    make exactly `bits` bytes and a stream needs no header. Bits that pad the last byte are zero. Not differentiable.
 
     Args:
-        values: int8 in -2^(bits-1)..2^(bits-1)-1, or uint8 in 0..2^bits-1; any shape and strides, n values.
-        bits: 1 to 8.
+        values: int8 in -2^(bits-1)..2^(bits-1)-1, or uint8 in 0..2^bits-1; (...) of any shape and strides, n values,
+            read in row-major order.
+        bits: of a value, 1 to 8.
     Returns:
         uint8 (ceil(n·bits/8),) on the device of values.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: bits outside 1..8, or a value that does not fit in them.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> values = torch.arange(-4, 4, dtype=torch.int8)
+        >>> packed = ops.pack_bits(values, bits=6)
+        >>> packed.shape, torch.equal(ops.unpack_bits(packed, bits=6, shape=8), values)
+        (torch.Size([6]), True)
+
+    Source: this package; the layout is the whole of it.
     """
     checks.integer("bits", bits, 1, 8)
     checks.tensor("values", values, (torch.int8, torch.uint8))
@@ -45,13 +53,29 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 def unpack_bits(packed: Tensor, bits: int, shape: int | Sequence[int], signed: bool = True) -> Tensor:
     """Read back what `pack_bits` wrote.
 
+        u_i = (stream >> i·bits) mod 2^bits;   signed: u_i - 2^bits where u_i >= 2^(bits-1)
+
+    The bits that pad the last byte are not looked at. Not differentiable.
+
     Args:
         packed: uint8 (ceil(n·bits/8),).
-        bits: 1 to 8, as packed.
+        bits: of a value, 1 to 8, as packed.
         shape: shape of the result, with n values.
         signed: int8 with the sign extended, or uint8.
     Returns:
         int8 or uint8 of `shape` on the device of packed.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: bits outside 1..8, a negative size, or a packed size that does not fit the shape.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> packed = ops.pack_bits(torch.tensor([[1, -2], [3, -4]], dtype=torch.int8), bits=3)
+        >>> ops.unpack_bits(packed, bits=3, shape=(2, 2)).tolist()
+        [[1, -2], [3, -4]]
+
+    Source: this package; the layout is told in `pack_bits`.
     """
     sizes = check_packed(packed, bits, shape)
     if not isinstance(signed, bool):

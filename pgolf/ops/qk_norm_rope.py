@@ -1,19 +1,7 @@
 """Queries and keys between projection and attention: RMSNorm a head, rotation of its first part, gain of queries.
 
-    n = x / sqrt(mean(x²) + eps)                          over head_dim; eps is that of float32, for float64 its own
-    (a, b, rest) = n                                      of sizes R, R and head_dim - 2 R
-    out = (a cos + b sin, b cos - a sin, rest)            queries also times their head's gain
-
-Shapes and dtypes: q (..., heads, D), k (..., kv_heads, D) of one floating dtype; cos and sin (rows, R), of that dtype
-or float32, for the tokens of q and k in their order, begun anew after each `rows` of them; gain (heads,) of that dtype
-or float32. Results like q and k. Computed in float32 (float64 for float64) and rounded once. Differentiable in q, k
-and gain, once; the tables are constants. Only the inputs are kept for the backward pass.
-The kernels need R a power of 2; other sizes are for plain PyTorch.
-
+Only the inputs are kept for the backward pass. The kernels need R a power of 2; other sizes are for plain PyTorch.
 Cost for Q and K bytes of queries and keys: 2 (Q + K) forward and 3 (Q + K) backward, the gain's gradient included.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
-Source: rotation, arXiv 2104.09864; norm of queries and keys, arXiv 2010.04245; part of a head and gain, the challenge's
-records.
 """
 
 import math
@@ -28,14 +16,39 @@ backends.register("qk_norm_rope", triton=("cuda",))
 
 
 def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """What attention reads of q and k.
+    """Norm, rotate and scale queries and keys, as attention reads them.
+
+        n = x / sqrt(mean(x²) + eps)                          over head_dim; eps is that of float32, for float64 its own
+        (a, b, rest) = n                                      of sizes R, R and D - 2 R
+        out = (a cos + b sin, b cos - a sin, rest)            queries also times their head's gain
+
+    Computed in float32 (float64 for float64) and rounded once. Differentiable in q, k and gain, once; the tables are
+    constants.
 
     Args:
         q: (..., heads, D) query projections, floating.
-        k: (..., kv_heads, D) key projections, like q.
-        cos: (rows, R) cosines, 2 R <= D; the number of tokens is a multiple of rows.
-        sin: (rows, R) sines.
-        gain: (heads,) factors of the queries.
+        k: (..., kv_heads, D) key projections, dtype of q.
+        cos: (rows, R) cosines, dtype of q or float32, 2 R <= D, for the tokens of q and k in their order, begun anew
+            after each `rows` of them; the number of tokens is a multiple of rows.
+        sin: (rows, R) sines, dtype as for cos.
+        gain: (heads,) factors of the queries, dtype as for cos.
+    Returns:
+        Queries and keys, new, of the shapes and dtype of q and k.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape or device that does not fit.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> angles = torch.arange(8).unsqueeze(1) / 10.0 ** torch.arange(4)  # 8 positions, R = 4
+        >>> q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16)
+        >>> q, k = ops.qk_norm_rope(q, k, angles.cos(), angles.sin(), torch.ones(4))
+        >>> q.shape, k.shape
+        (torch.Size([2, 8, 4, 16]), torch.Size([2, 8, 2, 16]))
+
+    Sources: rotation, RoFormer, arXiv 2104.09864; norm of queries and keys, arXiv 2010.04245; rotation of part of a
+    head and the gain come from the challenge's records.
     """
     check(q, k, cos, sin, gain)
     backend = "reference" if q.dtype == torch.float64 else backends.choose("qk_norm_rope", q.device.type)

@@ -1,21 +1,11 @@
 """Attention's input out of one product: queries and keys normed and rotated, values and extra columns left in place.
 
-    (q | k | v | extra | unused) = projected        columns: heads D, kv_heads D, kv_heads D, extra, what remains
-    q', k' = qk_norm_rope(q, k)                     that operation's formulas; v and extra are views
-
-For projected = h [W_q; W_k; W_v; W_extra]ᵀ. Three products read h three times and give three gradients of h, which a
-kernel sums; one product has one. What usually eats this gain is the way back, where gradients of the parts are padded
-or concatenated. Here one pass writes the gradient of all columns (zeros for the unused) and sums the gain's. Values
-that two operations read are handed out twice: the same pass adds their two gradients.
-
-Shapes and dtypes: projected (..., C) floating, C at least (heads + 2 kv_heads) D + extra; cos, sin and gain as for
-`qk_norm_rope`. Results q' (..., heads, D) and k' (..., kv_heads, D), new; for each reader v (..., kv_heads, D), and
-(..., extra), views of projected that nothing may write to. Differentiable in projected and gain, once. Only the inputs
-are kept for the backward pass.
+Three products read h three times and give three gradients of h, which a kernel sums; one product has one. What usually
+eats this gain is the way back, where gradients of the parts are padded or concatenated. Here one pass writes the
+gradient of all columns (zeros for the unused) and sums the gain's. Values that two operations read are handed out
+twice: the same pass adds their two gradients. Only the inputs are kept for the backward pass.
 
 Cost for Q, K, V, E and U bytes of the parts: 2 (Q + K) forward and 3 (Q + K) + (readers + 1) V + 2 E + U backward.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape, number or device that does not fit.
-Source: one product for q, k and v, with its cost where copies follow, PRs #670 and #1615 of the challenge.
 """
 
 import math
@@ -44,17 +34,42 @@ def qkv_norm_rope(
     readers: int = 1,
     extra: int = 0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
-    """q' and k' for attention, v for each reader, and the extra columns.
+    """Cut one product for q, k, v (and a gate, say) into its parts; norm and rotate q and k.
+
+        (q | k | v | extra | unused) = projected        columns: heads D, kv_heads D, kv_heads D, extra, what remains
+        q', k' = qk_norm_rope(q, k)                     that operation's formulas; v and extra are views
+
+    For projected = h [W_q; W_k; W_v; W_extra]ᵀ. Differentiable in projected and gain, once; the gradient of all columns
+    is written in one pass.
 
     Args:
-        projected: (..., C) the joined product, floating.
-        cos: (rows, R) cosines, 2 R <= head_dim; the number of tokens is a multiple of rows.
-        sin: (rows, R) sines.
-        gain: (heads,) factors of the queries.
+        projected: (..., C) the joined product, floating, C at least (heads + 2 kv_heads) D + extra.
+        cos: (rows, R) cosines, dtype of projected or float32, 2 R <= head_dim; the number of tokens is a multiple of
+            rows.
+        sin: (rows, R) sines, dtype as for cos.
+        gain: (heads,) factors of the queries, dtype as for cos.
         kv_heads: heads of k and of v.
         head_dim: D.
-        readers: how often v is handed out, 1 or 2.
-        extra: columns after v that are handed out, at most 1024; those of a gate, say.
+        readers: how often v is handed out, 1 or 2: once for each operation that reads it.
+        extra: columns after v that are handed out, 0 to 1024; those of a gate, say.
+    Returns:
+        q' (..., heads, D) and k' (..., kv_heads, D), new; a tuple with v (..., kv_heads, D) for each reader; and the
+        extra columns (..., extra). All have the dtype of projected; v and extra are views of it that nothing may write
+        to.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, number or device that does not fit.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> angles = torch.arange(8).unsqueeze(1) / 10.0 ** torch.arange(4)
+        >>> projected = torch.randn(2, 8, (4 + 2 * 2) * 16)  # 4 heads, 2 kv_heads, D = 16
+        >>> q, k, (v,), _ = ops.qkv_norm_rope(projected, angles.cos(), angles.sin(), torch.ones(4), 2, 16)
+        >>> q.shape, k.shape, v.shape
+        (torch.Size([2, 8, 4, 16]), torch.Size([2, 8, 2, 16]), torch.Size([2, 8, 2, 16]))
+
+    Source: one product for q, k and v, with its cost where copies follow, PRs #670 and #1615 of the challenge.
     """
     _check(projected, cos, sin, gain, kv_heads, head_dim, readers, extra)
     exact = projected.dtype == torch.float64

@@ -1,23 +1,14 @@
 """What a layer does to the residual stream before it reads it: add, mix with other streams, RMSNorm and scale.
 
-    u = x + branch                                  the residual add
-    m = w_0 ⊙ u + Σ_i w_i ⊙ z_i                     i = 1, 2, 3; w (1 + streams, D), one weight a channel
-    y = scale · m / sqrt(mean(m²) + eps)            over D; eps is that of float32, for float64 its own
+One stream: the mix with the embedding of every record; two: that and a U-Net skip, whose gate and weight are products
+of weights a channel; three: two lanes and their branches before the final norm (pgolf/model/stream.py).
 
-Without streams m = u and there are no weights. One stream: the mix with the embedding of every record; two: that and a
-U-Net skip, whose gate and weight are products of weights a channel; three: two lanes and their branches before the
-final norm (pgolf/model/stream.py).
-
-Shapes and dtypes: x, branch, streams (..., D) of one floating dtype; w of that dtype or float32. Results like x.
-Computed in float32 (float64 for float64) and rounded once. Differentiable in all tensors, once.
 Kept for the backward pass: m without streams; else u, where it was asked for, or x and branch, and the streams. No norm
 and no product. The backward pass is one pass over rows that also sums the weights' gradients; x and branch share one
 gradient.
 
 Cost for T tokens, X = T·D·sizeof(x) bytes: with a branch and one stream 5 X forward and 7 X backward, without streams
 4 X and 4 X. In plain PyTorch each product, sum and norm reads and writes X of its own.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
-Source: RMSNorm, arXiv 1910.07467; the mix with the embedding and skips by channel come from the challenge's records.
 """
 
 import math
@@ -40,14 +31,37 @@ def residual_rms_norm(
     weights: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The new residual stream m and its norm y, both like x.
+    """Add a branch to the residual stream, mix other streams in, and normalise: the new stream m and its norm y.
+
+        u = x + branch                                  the residual add
+        m = w_0 ⊙ u + Σ_i w_i ⊙ z_i                     z_i the streams, at most 3; w has one weight a channel
+        y = scale · m / sqrt(mean(m²) + eps)            over D; eps is that of float32, for float64 its own
+
+    Without streams m = u and there are no weights. Computed in float32 (float64 for float64) and rounded once.
+    Differentiable in all tensors, once.
 
     Args:
         x: (..., D) residual stream, floating.
-        branch: (..., D) what is added to it, or None.
-        streams: at most 3 of (..., D), mixed in.
-        weights: (1 + streams, D) of x + branch and of each stream; None without streams.
+        branch: (..., D) what is added to it, dtype of x, or None.
+        streams: at most 3 of (..., D), dtype of x, mixed in.
+        weights: (1 + streams, D) of x + branch and of each stream, dtype of x or float32; None without streams.
         scale: factor of y.
+    Returns:
+        m and y, both of the shape and dtype of x.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, number or device that does not fit; weights without streams or streams without weights.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> x, branch, embedding = torch.randn(3, 2, 8, 16)
+        >>> mixed, normed = ops.residual_rms_norm(x, branch, [embedding], torch.ones(2, 16))
+        >>> mixed.shape, normed.shape
+        (torch.Size([2, 8, 16]), torch.Size([2, 8, 16]))
+
+    Source: RMSNorm, arXiv 1910.07467; the mix with the embedding and skips by channel come from the challenge's
+    records.
     """
     _, mixed, normed = residual_sum_rms_norm(x, branch, streams, weights, scale, keep_sum=False)
     return mixed, normed
@@ -61,7 +75,36 @@ def residual_sum_rms_norm(
     scale: float = 1.0,
     keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`residual_rms_norm` that also gives u = x + branch: (u, m, y). Without `keep_sum` u is m."""
+    """`residual_rms_norm` that also gives the sum before the mix: (u, m, y).
+
+        u = x + branch,   m = w_0 ⊙ u + Σ_i w_i ⊙ z_i,   y = scale · m / sqrt(mean(m²) + eps)
+
+    For layers whose output is needed later without the mix, as that of a U-Net skip. Differentiable in all tensors,
+    once.
+
+    Args:
+        x: (..., D) residual stream, floating.
+        branch: (..., D) what is added to it, dtype of x, or None.
+        streams: at most 3 of (..., D), dtype of x, mixed in.
+        weights: (1 + streams, D) of x + branch and of each stream, dtype of x or float32; None without streams.
+        scale: factor of y.
+        keep_sum: False gives m in place of u, and saves writing u.
+    Returns:
+        u, m and y, all of the shape and dtype of x.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, number or device that does not fit; weights without streams or streams without weights.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> x, branch = torch.randn(2, 4, 16)
+        >>> total, mixed, normed = ops.residual_sum_rms_norm(x, branch)
+        >>> torch.equal(total, x + branch), torch.equal(mixed, total), normed.shape
+        (True, True, torch.Size([4, 16]))
+
+    Source: as for `residual_rms_norm`.
+    """
     _check(x, branch, streams, weights, scale)
     padded = [*streams, *[None] * (MOST_STREAMS - len(streams))]
     shape = (math.prod(x.shape[:-1]), x.shape[-1])

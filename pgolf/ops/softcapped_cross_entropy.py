@@ -1,28 +1,13 @@
 """Cross-entropy of soft-capped logits: the loss of every record.
 
-    c    = softcap · tanh(logits / softcap)          |c| <= softcap
-    loss = log Σ_v exp(c_v) - c_target               in nats, one for each token
-    d loss / d logits_v = (exp(c_v) / Σ exp(c) - [v = target]) · (1 - (c_v / softcap)²)
-
 Because the cap bounds every logit, exp never overflows for softcap < 88 in float32: no running maximum is needed.
-
-Shapes and dtypes: logits (..., V) of any floating dtype, targets (...) int64 or int32. Losses are computed and
-returned in float32 (float64 for float64 logits). Differentiable in logits, for whatever gradient arrives.
-`reduction`: "mean" over the tokens that count, "sum", or "none" (the shape of targets). Tokens whose target is
-`ignore_index` have loss 0, gradient 0, and do not count. If no token counts, "mean" is NaN, as in
-`torch.nn.functional.cross_entropy`, and "sum" is 0.
 
 Least traffic for T tokens: one read and one write of the logits for forward and backward together. Eager "mean" and
 "sum" reach it: the forward makes the gradient for a `grad_output` of 1, and the backward multiplies it in place unless
 a number on the device says that it is 1. That rounds twice where the factor is no power of two, so float16, whose
 gradients are scaled because they vanish, goes the other way: the backward reads the logits again. So do "none", and
 compiled code, in which a saved tensor is never written in place. Each way saves one T x V tensor.
-Error: losses within 1e-5 in float32 for logits of any dtype. softcap > 64 and float64 are computed by plain PyTorch on
-every device; the Triton kernel has no such path.
-Errors: `TypeError`/`ValueError` as named; on the CPU a target outside 0..V-1 raises `ValueError` before anything
-reads it (compiled: `RuntimeError`), on CUDA an assertion of the device catches it and nothing out of bounds is read.
-`RuntimeError` for a backward with `create_graph=True`.
-Source: soft-capping, Gemma 2, arXiv 2408.00118.
+softcap > 64 and float64 are computed by plain PyTorch on every device; the Triton kernel has no such path.
 """
 
 import math
@@ -47,14 +32,39 @@ def softcapped_cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats of `softcap * tanh(logits / softcap)` against `targets`.
 
+        c    = softcap · tanh(logits / softcap)          |c| <= softcap
+        loss = log Σ_v exp(c_v) - c_target               in nats, one for each token
+        d loss / d logits_v = (exp(c_v) / Σ exp(c) - [v = target]) · (1 - (c_v / softcap)²)
+
+    Losses are computed in float32 (float64 for float64), within 1e-5 for logits of any dtype. Tokens whose target is
+    `ignore_index` have loss 0, gradient 0, and do not count. If no token counts, "mean" is NaN, as in
+    `torch.nn.functional.cross_entropy`, and "sum" is 0. Differentiable in logits, once.
+
     Args:
         logits: (..., V), floating.
         targets: (...) int64 or int32, values 0..V-1 or `ignore_index`.
         softcap: bound of the capped logits, > 0.
-        reduction: "mean", "sum" or "none".
+        reduction: "mean" over the tokens that count, "sum" or "none".
         ignore_index: target value of tokens that do not count.
     Returns:
-        A scalar, or (...) for "none"; float32 (float64 for float64 logits).
+        A scalar, or (...) for "none"; float32 (float64 for float64 logits), in nats.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device, number or name that does not fit; on the CPU a target outside 0..V-1, before
+            anything reads it (compiled: `RuntimeError`; on CUDA the device asserts, and nothing out of bounds is read).
+        RuntimeError: a backward with `create_graph=True`.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> logits, targets = torch.randn(2, 8, 100, requires_grad=True), torch.randint(100, (2, 8))
+        >>> ops.softcapped_cross_entropy(logits, targets, softcap=30.0).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 8, 100])
+        >>> ops.softcapped_cross_entropy(logits, targets, reduction="none").shape
+        torch.Size([2, 8])
+
+    Source: soft-capping, Gemma 2, arXiv 2408.00118.
     """
     _check(logits, targets, softcap, reduction, ignore_index)
     check_range(targets, logits.shape[-1], ignore_index)

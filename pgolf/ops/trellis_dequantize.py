@@ -1,12 +1,6 @@
 """The trellis decoder: from indices to weights.
 
-The machine and what an index is worth are told in trellis_quantize.py. `order` (N,) or (B, N) int8 gives each column a
-class 0..3; the machine takes the columns by class and, in a class, as they come.
-
-    w[r, j] = level(k[r, j]) · scale[r]        in float32, exact: one rounding of one product
-
-Shapes and dtypes: indices int8 (M, N) or (B, M, N), scale floating (M,) or (B, M); exact on every backend, on the CPU
-for native. Not differentiable. Traffic: 5 bytes a weight.
+Traffic: 5 bytes a weight. Exact on every backend; native is for the CPU.
 """
 
 import torch
@@ -24,13 +18,33 @@ backends.register("trellis_dequantize", native=("cpu",))
 
 
 def trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
-    """The weights that indices mean, in float32.
+    """The weights that the indices of `trellis_quantize` mean, in float32.
+
+        w[r, j] = (2 k - quantiser · sgn k) · scale[r]     k = indices[r, j]; one rounding of one product
+
+    The quantiser, 0 or 1, follows from a machine whose state the parities of a row's earlier indices determine; its
+    tables are told in `trellis_quantize`. The machine takes the columns by class and, in a class, as they come. Not
+    differentiable.
 
     Args:
         indices: int8 (M, N) or (B, M, N).
         scale: floating (M,) or (B, M).
         order: int8 (N,) or (B, N), the columns' classes, 0..3.
         states: 4 or 8, as quantised.
+    Returns:
+        float32 of the shape of indices.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device, class or number of states that does not fit.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> indices, order = torch.tensor([[1, 2, -3, 0]], dtype=torch.int8), torch.zeros(4, dtype=torch.int8)
+        >>> ops.trellis_dequantize(indices, torch.ones(1), order, states=8).shape
+        torch.Size([1, 4])
+
+    Source: dependent quantisation, as in video coding (ITU-T H.266).
     """
     _check_indices(indices, scale, order, states)
     return _trellis_dequantize(indices, scale, order, states)

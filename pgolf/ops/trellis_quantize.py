@@ -1,22 +1,9 @@
 """Trellis quantisation: two interleaved quantisers, a state machine that picks one for each weight, and a search.
 
-For weights W (M, N) that multiply inputs with second moments H = Σ x xᵀ (N, N), the loss is tr((W - Q) H (W - Q)ᵀ) as
-for GPTQ (gptq.py), with the same row scale s = clip_sigmas · std(W_r) / qmax in float16, qmax = 2^(bits-1) - 1. An
-index k, |k| <= qmax, is worth
-
-    quantiser 0: 2k · s        quantiser 1: (2k - sgn k) · s
-
-and the quantiser follows from a machine of 4 or 8 states: a state has a quantiser, and the parity of the index leads to
-the next state. Every row starts in state 0. So a step of 2s is coded, of which the path chooses the better half, and
-nothing is sent but indices: clip_sigmas near 6.4 takes the bits that GPTQ takes at 12.85.
-
-    8 states: quantiser = state & 1; next states for even, odd k: (0,2) (5,7) (1,3) (6,4) (2,0) (4,6) (3,1) (7,5)
-    4 states: quantiser = state >> 1;                             (0,2) (2,0) (1,3) (3,1)
-
 Order of the columns. The machine takes columns with a large diag H first, but the decoder does not know H. So `order`
 gives each column a class 0..3, its quartile of diag H in descending order, and the machine takes the columns by class
-and, in a class, as they come: 2 bits a column. The full order, at log2 N bits, has 2% more loss on two of the real
-matrices in ../shared/data/weights and 1% less on a third; no order at all 1% to 5% more.
+and, in a class, as they come: 2 bits a column. The full order, at log2 N bits, has 2% more loss on two of the three
+real matrices that were tried and 1% less on the third; no order at all 1% to 5% more.
 
 Search, for each row, in units of its s. H⁻¹ = Uᵀ U as for GPTQ, U scaled so that the mean of 1/U_jj² is 1. A survivor
 for each state has its own residuals x, at first W_r / s. At column j it tries the nearest index k and k ± 1 of its
@@ -29,12 +16,9 @@ whose residuals then are x_t - e U_jt. In the end the cheapest path wins, the lo
 -log2 of how often each index is the nearest one in all of `weight`, under each quantiser. (To count in a search without
 rates and search twice more costs three times as much and, on the same matrices at equal entropy, 1.5% more loss.)
 
-Shapes and dtypes: weight (M, N) or bank (B, M, N), hessian (N, N) or (B, N, N); floating, on the CPU for the native
-search, which works in float32. The definition works in float64 if weight or hessian does. Indices agree except where
-two paths cost the same within rounding. Not differentiable.
-Cost a matrix: 2/3 N³ FLOPs to factor and solve, M N² + 96 · states · M N to search (native).
-Edges: as for GPTQ, but a dead column is rounded by the path, and a row without variance is not exact.
-Sources: dependent quantisation, as in video coding (ITU-T H.266); GPTQ, Frantar et al., arXiv 2210.17323.
+Cost a matrix: 2/3 N³ FLOPs to factor and solve, M N² + 96 · states · M N to search (native). The native search is for
+the CPU and works in float32; the definition works in float64 if weight or hessian does. Indices agree except where two
+paths cost the same within rounding.
 """
 
 import math
@@ -55,7 +39,26 @@ backends.register("trellis_quantize", native=("cpu",))
 
 @dataclass(frozen=True, eq=False)
 class Trellis:
-    """A quantised matrix or bank. The weights are worth `dequantize()`."""
+    """A quantised matrix or bank, as `trellis_quantize` returns it; the weights are worth `dequantize()`.
+
+    Attributes:
+        indices: int8 (M, N) or (B, M, N).
+        scale: float16 (M,) or (B, M).
+        order: int8 (N,) or (B, N), the class of each column, 0..3.
+        states: of the machine, 4 or 8.
+        entropy_bits: bits a weight of the index given its quantiser, by the frequencies in all of indices; neither
+            order nor scale counts.
+    Raises:
+        TypeError, ValueError: `dequantize` as `trellis_dequantize`; nothing is checked before.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> found = ops.trellis_quantize(torch.randn(8, 16), torch.eye(16))
+        >>> found.dequantize().shape, 0 < found.entropy_bits < 6
+        (torch.Size([8, 16]), True)
+
+    Source: dependent quantisation, as in video coding (ITU-T H.266).
+    """
 
     indices: Tensor  # int8, like the weight
     scale: Tensor  # float16, (M,) or (B, M)
@@ -68,7 +71,7 @@ class Trellis:
         return _entropy(self.indices, quantisers_of(self.indices, self.order, self.states))
 
     def dequantize(self) -> Tensor:
-        """The weights in float32."""
+        """The weights in float32, (M, N) or (B, M, N)."""
         return trellis_dequantize(self.indices, self.scale, self.order, self.states)
 
 
@@ -83,6 +86,22 @@ def trellis_quantize(
 ) -> Trellis:
     """Quantise a matrix or a bank so that tr((W - Q) H (W - Q)ᵀ) and the indices' entropy are small.
 
+    Loss and row scale s = clip_sigmas · std(W_r) / qmax, qmax = 2^(bits-1) - 1, are those of `gptq`; an index k, |k| <=
+    qmax, is worth
+
+        quantiser 0: 2k · s        quantiser 1: (2k - sgn k) · s
+
+    and the quantiser follows from a machine of 4 or 8 states: a state has a quantiser, and the parity of the index
+    leads to the next state. Every row starts in state 0. So a step of 2s is coded, of which the path chooses the better
+    half, and nothing is sent but indices and an order of the columns: clip_sigmas near 6.4 takes the bits that GPTQ
+    takes at 12.85.
+
+        8 states: quantiser = state & 1; next states for even, odd k: (0,2) (5,7) (1,3) (6,4) (2,0) (4,6) (3,1) (7,5)
+        4 states: quantiser = state >> 1;                             (0,2) (2,0) (1,3) (3,1)
+
+    Edges: as for `gptq`, but a dead column is rounded by the path, and a row without variance is not exact. Not
+    differentiable.
+
     Args:
         weight: (M, N) or (B, M, N), floating.
         hessian: (N, N), or (B, N, N) for a bank, or (N, N) shared by a bank; floating, symmetric.
@@ -90,7 +109,22 @@ def trellis_quantize(
         bits: 2 to 8; indices lie in -(2^(bits-1)-1)..2^(bits-1)-1.
         states: 4 or 8.
         rate_weight: 0 looks at the loss alone; 1 weighs bits as the loss that they are worth at this step.
-        damping: added to the diagonal, in units of its mean, >= 0.
+        damping: added to the diagonal, in units of its mean, 0 to 1.
+    Returns:
+        A `Trellis`: indices int8 like weight, scale float16 (M,) or (B, M), order int8 (N,) or (B, N).
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, device or number that does not fit, and whatever `gptq` refuses.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> weight, x = torch.randn(8, 16), torch.randn(100, 16)
+        >>> found = ops.trellis_quantize(weight, x.mT @ x)
+        >>> found.indices.shape, found.scale.shape, found.order.shape, found.states
+        (torch.Size([8, 16]), torch.Size([8]), torch.Size([16]), 8)
+
+    Sources: dependent quantisation, as in video coding (ITU-T H.266); GPTQ, Frantar et al., arXiv 2210.17323.
     """
     _check_arguments(weight, hessian, clip_sigmas, bits, states, rate_weight, damping)
     native = backends.choose("trellis_quantize", weight.device.type) == "native"

@@ -1,22 +1,8 @@
 """Two lanes of the residual stream, from one layer's branches to the two norms that the next layer's branches read.
 
-    a  = keep_0 lane_0 + post_00 branch_0 + post_10 branch_1
-    b  = keep_1 lane_1 + post_01 branch_0 + post_11 branch_1
-    a' = s_0 ⊙ a + s_1 ⊙ skip                       where a skip returns; else a' = a
-    m  = mix_0 ⊙ a' + mix_1 ⊙ x_0                   x_0 is the normalised embedding
-    y_0 = scale · m / sqrt(mean(m²) + eps),   y_1 = scale · b / sqrt(mean(b²) + eps)
-
-over D; eps is that of float32, for float64 its own. Attention reads y_0 and the MLP y_1; a' and b are the new lanes.
-Where the lanes part there is one lane to read: lane_1 = lane_0.
-
-Shapes and dtypes: lanes, branches, x_0, skip (..., D) of one floating dtype; keep (2,), post (2, 2), mix and
-skip_weights (2, D) of that dtype or float32. Results like x_0. Computed in float32 (float64 for float64) and rounded
-once. Differentiable in all tensors, once. Only the inputs are kept for the backward pass, which is one pass over rows
-that also sums the gradients of keep, post, mix and skip_weights.
-
-Cost for X bytes of a lane, with both lanes, two branches and a skip: 10 X forward and 16 X backward.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
-Source: two lanes, PR #1529 of the challenge; RMSNorm, arXiv 1910.07467.
+Only the inputs are kept for the backward pass, which is one pass over rows that also sums the gradients of keep, post,
+mix and skip_weights. Cost for X bytes of a lane, with both lanes, two branches and a skip: 10 X forward and 16 X
+backward.
 """
 
 import math
@@ -43,18 +29,43 @@ def two_lane_rms_norm(
     skip_weights: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The new lanes a' and b and their norms y_0 and y_1, all like x0.
+    """Route a layer's two branches into two lanes, and norm each for the branch of the next layer that reads it.
+
+        a  = keep_0 lane_0 + post_00 branch_0 + post_10 branch_1
+        b  = keep_1 lane_1 + post_01 branch_0 + post_11 branch_1
+        a' = s_0 ⊙ a + s_1 ⊙ skip                       s the skip_weights, where a skip returns; else a' = a
+        m  = mix_0 ⊙ a' + mix_1 ⊙ x_0                   x_0 is the normalised embedding
+        y_0 = scale · m / sqrt(mean(m²) + eps),   y_1 = scale · b / sqrt(mean(b²) + eps)
+
+    over D; eps is that of float32, for float64 its own. Attention reads y_0 and the MLP y_1; a' and b are the new
+    lanes. Computed in float32 (float64 for float64) and rounded once. Differentiable in all tensors, once.
 
     Args:
-        lanes: two of (..., D), attention's and the MLP's; one where they part.
-        branches: at most two of (..., D), what is added: attention's and the MLP's output.
-        keep: (2,) factors of the lanes.
-        post: (2, 2) factors of the branches; post[j, i] is that of branch j in lane i.
+        lanes: two of (..., D), dtype of x0, attention's and the MLP's; one where they part (lane_1 = lane_0).
+        branches: at most two of (..., D), dtype of x0: attention's and the MLP's output, which are added.
+        keep: (2,) factors of the lanes, dtype of x0 or float32.
+        post: (2, 2) factors of the branches, dtype as for keep; post[j, i] is that of branch j in lane i.
         x0: (..., D) what is mixed into the first lane before its norm, floating.
-        mix: (2, D) weights of the first lane and of x0.
-        skip: (..., D) an earlier output that returns in the first lane, or None.
-        skip_weights: (2, D) of the first lane and of the skip; None without a skip.
+        mix: (2, D) weights of the first lane and of x0, dtype as for keep.
+        skip: (..., D) an earlier output that returns in the first lane, dtype of x0, or None.
+        skip_weights: (2, D) of the first lane and of the skip, dtype as for keep; None without a skip.
         scale: factor of both norms.
+    Returns:
+        a', b, y_0 and y_1, all of the shape and dtype of x0.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, number or device that does not fit; a skip without weights or weights without a skip.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> x0, attention, mlp, *lanes = torch.randn(5, 8, 16)
+        >>> keep, post, mix = torch.ones(2), torch.ones(2, 2), torch.ones(2, 16)
+        >>> first, second, y0, y1 = ops.two_lane_rms_norm(lanes, [attention, mlp], keep, post, x0, mix)
+        >>> first.shape, y1.shape
+        (torch.Size([8, 16]), torch.Size([8, 16]))
+
+    Source: two lanes, PR #1529 of the challenge; RMSNorm, arXiv 1910.07467.
     """
     _check(lanes, branches, keep, post, x0, mix, skip, skip_weights, scale)
     shape = (math.prod(x0.shape[:-1]), x0.shape[-1])

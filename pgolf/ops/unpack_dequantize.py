@@ -1,15 +1,6 @@
 """Packed integers times one scale a row: the weights of an artifact as a matrix to compute with.
 
-    out[r, c] = value(r·cols + c) · scale[r],    value(i) the signed integer i of the stream (layout: pack_bits.py)
-
-The product is computed in float32 (float64 where the result is float64) and rounded once to `dtype`. `bits = 8` is
-plain int8 bytes. Rows follow one another without padding, so a row need not begin at a byte.
-
-Shapes and dtypes: packed uint8 (ceil(n·bits/8),), scale floating of shape[:-1], out `dtype` of shape (rows, cols) or
-(banks, rows, cols), n = product of shape. Differentiable in scale: d scale[r] = Σ_c d out[r, c] · value(r, c).
-Error: one rounding to `dtype`; in float32 every backend gives the same bits.
 Least traffic: n·bits/8 + rows·sizeof(scale) + n·sizeof(dtype) bytes; n FLOPs.
-Errors: `TypeError`/`ValueError` naming the argument, before a kernel runs.
 """
 
 from collections.abc import Sequence
@@ -26,14 +17,32 @@ backends.register("unpack_dequantize", triton=("cuda",), native=("cpu", "cuda"))
 def unpack_dequantize(packed: Tensor, scale: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Unpack signed integers and multiply each row by its scale.
 
+        out[r, c] = value(r·cols + c) · scale[r],    value(i) the signed integer i of the stream that `pack_bits` wrote
+
+    The product is computed in float32 (float64 where the result is float64) and rounded once to `dtype`; in float32
+    every backend gives the same bits. `bits = 8` is plain int8 bytes. Rows follow one another without padding, so a row
+    need not begin at a byte. Differentiable in scale: d scale[r] = Σ_c d out[r, c] · value(r, c).
+
     Args:
         packed: uint8 (ceil(n·bits/8),), as `pack_bits` writes it.
-        scale: floating, shape[:-1].
-        bits: 1 to 8.
+        scale: floating, shape[:-1], on the device of packed.
+        bits: of a value, 1 to 8.
         shape: (rows, cols) or (banks, rows, cols), n values.
         dtype: floating dtype of the result.
     Returns:
         `dtype` tensor of `shape` on the device of packed.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: bits outside 1..8, or a shape, size or device that does not fit.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> packed = ops.pack_bits(torch.randint(-32, 32, (4, 6), dtype=torch.int8), bits=6)
+        >>> packed.shape, ops.unpack_dequantize(packed, torch.rand(4), 6, (4, 6), torch.bfloat16).dtype
+        (torch.Size([18]), torch.bfloat16)
+
+    Source: this package; a scale a row is how the challenge's entries store their weights.
     """
     sizes = _check(packed, scale, bits, shape, dtype)
     return _unpack_dequantize(packed, scale, bits, sizes, dtype)

@@ -1,16 +1,7 @@
 """Exclusive self-attention with the gate a head: between attention and its output projection.
 
-    u   = v / max(|v|, 1e-12)                             the direction of the token's own value, for its query heads
-    o   = y - (y · u) u
-    out = o · gain · σ(logit_scale · logit)               without logits out = o
-
-Shapes and dtypes: y (..., heads, D), v (..., kv_heads, D), logits (..., heads), of one floating dtype; heads is a
-multiple of kv_heads, and neighbouring heads share a value. Result like y. Computed in float32 (float64 for float64) and
-rounded once. Differentiable in all three, once. Only the inputs are kept for the backward pass.
-
-Cost for Y and V bytes of y and v: 2 Y + V forward and 3 Y + 2 V backward, and the logits.
-Errors: `TypeError` for a wrong type or dtype, `ValueError` for a shape or device that does not fit.
-Source: PRs #265 and #478 of the challenge; gates #1667 and #1787.
+Only the inputs are kept for the backward pass. Cost for Y and V bytes of y and v: 2 Y + V forward and 3 Y + 2 V
+backward, and the logits.
 """
 
 import math
@@ -29,12 +20,33 @@ backends.register("xsa_gate", triton=("cuda",))
 def xsa_gate(y: Tensor, v: Tensor, logits: Tensor | None = None, gain: float = 1.0, logit_scale: float = 1.0) -> Tensor:
     """Attention's output without its part along the token's own value, gated.
 
+        u   = v / max(|v|, 1e-12)                             the direction of the token's own value, for its query
+        heads o   = y - (y · u) u
+        out = o · gain · σ(logit_scale · logit)               without logits out = o
+
+    heads is a multiple of kv_heads, and neighbouring heads share a value. Computed in float32 (float64 for float64) and
+    rounded once. Differentiable in y, v and logits, once.
+
     Args:
         y: (..., heads, D) attention's output, floating.
-        v: (..., kv_heads, D) values, like y.
-        logits: (..., heads) of the gate, like y, or None.
+        v: (..., kv_heads, D) values, dtype of y.
+        logits: (..., heads) of the gate, dtype of y, or None.
         gain: the gate's largest value.
         logit_scale: factor of the logits.
+    Returns:
+        (..., heads, D), the dtype of y.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a shape, number or device that does not fit.
+        BackendUnavailable: a backend is forced that has no kernel here.
+    Example:
+        >>> import torch
+        >>> from pgolf import ops
+        >>> y, v, logits = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16), torch.randn(2, 8, 4)
+        >>> ops.xsa_gate(y, v, logits, gain=2.0).shape
+        torch.Size([2, 8, 4, 16])
+
+    Source: PRs #265 and #478 of the challenge; gates, PRs #1667 and #1787.
     """
     _check(y, v, logits, gain, logit_scale)
     backend = "reference" if y.dtype == torch.float64 else backends.choose("xsa_gate", y.device.type)
