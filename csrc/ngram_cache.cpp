@@ -1,6 +1,6 @@
 #include "ngram_cache.h"
 
-#include <cmath>
+#include "exp_log.h"
 
 namespace pgolf {
 
@@ -37,7 +37,7 @@ void NgramCache::score(const uint16_t* tokens, const double* base, double* out, 
   counts_.observe(tokens, count, [&](int64_t i, const Evidence* evidence, int depth) {
     out[i] = base[i];
     if (depth == 0) return;
-    out[i] = std::log(mixer_.mix(std::exp(base[i]), evidence, depth, trace));
+    out[i] = log_of(mixer_.mix(exp_of(base[i]), evidence, depth, trace));
     mixer_.learn(trace);
   });
 }

@@ -115,7 +115,8 @@ def quantize_to_size(
     """Quantise and `write` until the file has `target` bytes, or up to 0.1% fewer; and what that cost, in words.
 
     `rises` are those of `rate_budget.measure_rises`; without any, all steps change by one factor. `first` are the bytes
-    of the file at the settings' steps, if it has been written. Where no file was small enough the smallest is kept.
+    of the file at the settings' steps, if it has been written. Where the least possible file is not small enough the
+    smallest is kept.
     """
     names = rate_budget.quantized_names(model, settings)
     counts = {name: p.numel() for name, p in model.named_parameters() if name in names}
@@ -150,15 +151,17 @@ def quantize_within_budget(
 
     A line says what that took; None where the settings' steps were good enough.
     """
-    target, first, because = settings.artifact_bytes, None, ""
-    if not target:
+    room, wanted, first, because = settings.budget_bytes - code_bytes, settings.artifact_bytes, None, ""
+    target = min(wanted or room, room)
+    if not wanted or room <= 0:
         first = write(quantize(model, hessians, settings))
-        target = settings.budget_bytes - code_bytes
-        if first.total <= target:
+        if first.total <= room:
             return None
-        because = f"{first.total - target} bytes over budget at the settings' steps; "
-        if target <= 0:
+        because = f"{first.total - room} bytes over budget at the settings' steps; "
+        if room <= 0:
             return f"artifact: {because}the code alone takes {code_bytes} of {settings.budget_bytes}"
+    elif wanted > room:
+        because = f"ARTIFACT_BYTES={wanted} leaves too little for {code_bytes} bytes of code; "
     found, cost = quantize_to_size(model, hessians, settings, rises, write, target, first)
     short = "" if found.fits else ", THE LEAST THAT CAN BE HAD"
     return f"artifact:{found.total} of {target} bytes{short}: {because}{cost}"

@@ -20,7 +20,8 @@ also the model's input, which H knows nothing of.)
 The closed loop: code everything at the settings' steps, solve, code again, and solve again with the curves through all
 that was coded, in at most `MOST_CODINGS` codings. The last one keeps to the coding that came nearest, and moves the
 tensors whose bytes were foreseen: one whose rate has a kink can be wrong by as much again. The largest file that is not
-over wins; where all are over, the smallest.
+over wins. Where all are over, all steps grow by one factor in up to `MOST_SHRINKINGS` more codings, which ask for less
+and less, and then to the largest of `CLIPS`: a file over its target is the least that can be had.
 """
 
 import bisect
@@ -38,6 +39,7 @@ from pgolf.quantizers import QUANTIZERS, Quantized
 from pgolf.settings import Settings
 
 MOST_CODINGS = 4
+MOST_SHRINKINGS = 4  # more codings where all of those were over, before the least possible file
 TOLERANCE = 1e-3  # below the target, of it
 AIM = 4e-4  # the loop aims so much below the target
 LAST_AIM = 6e-4  # as much where no coding will follow, and more the worse sizes were foreseen; see `_last_aim`
@@ -190,6 +192,12 @@ def correct_clips(clips: dict[str, float], rates: dict[str, Rate], doubt: float,
     return _solve(rates, at, wanted)
 
 
+def larger_clips(clips: dict[str, float], rates: dict[str, Rate], wanted: float) -> dict[str, float]:
+    """Steps that are those of `clips` times one factor of at least 1, whose modelled bytes sum to `wanted`."""
+    found = _solve(rates, lambda level: {name: math.log2(k) + level for name, k in clips.items()}, wanted)
+    return {name: max(k, found[name]) for name, k in clips.items()}
+
+
 def _solve(rates: dict[str, Rate], at: Callable[[float], Logs], wanted: float) -> dict[str, float]:
     """The clip_sigmas, `at` some level and within `CLIPS`, whose modelled bytes sum to `wanted`."""
     low, high = (math.log2(each) for each in CLIPS)
@@ -213,16 +221,39 @@ def fit(
     target: int,
     first: Coded | None = None,
 ) -> Fit:
-    """Code up to `MOST_CODINGS` times; the steps of the largest file of at most `target` bytes.
+    """The steps of the largest file of at most `target` bytes among `MOST_CODINGS` codings, or more where all are over.
 
     `code` quantises and codes all tensors at the given clip_sigmas; `clips` are those to begin with, at which
     `rises` are given and `first` was coded, if it was; `counts` are the tensors' numbers of weights.
     """
     rates = {name: Rate(count) for name, count in counts.items()}
-    found = [(clips, first or code(clips))]
+    found = _close_in(code, clips, rates, rises, target, first or code(clips))
+    if min(coded.total for _, coded in found) > target:
+        found += _shrink(code, found, rates, target)
+    small_enough = [each for each in found if each[1].total <= target]
+    if small_enough:  # the first has no equal slopes: the last resort
+        chosen = max(small_enough, key=lambda each: (each is not found[0], each[1].total))
+    else:
+        chosen = min(found, key=lambda each: each[1].total)
+    return Fit(chosen[0], chosen[1].total, len(found), chosen[1].total <= target)
+
+
+Codings = list[tuple[dict[str, float], Coded]]
+
+
+def _close_in(
+    code: Callable[[dict[str, float]], Coded],
+    clips: dict[str, float],
+    rates: dict[str, Rate],
+    rises: dict[str, float],
+    target: int,
+    first: Coded,
+) -> Codings:
+    """At most `MOST_CODINGS`, the first among them, until one is in the band below `target`."""
+    found = [(clips, first)]
     while len(found) < MOST_CODINGS:
         last, coded = found[-1]
-        surprise = sum(abs(rate.learn(last[name], coded.sizes[name])) for name, rate in rates.items()) / target
+        surprise = _learn(rates, last, coded) / target
         fixed = coded.total - sum(coded.sizes.values())
         if len(found) < MOST_CODINGS - 1:
             new = choose_clips(clips, rates, rises, target * (1 - AIM) - fixed)
@@ -235,12 +266,31 @@ def fit(
         found.append((new, code(new)))
         if target * (1 - TOLERANCE) <= found[-1][1].total <= target:
             break
-    small_enough = [each for each in found if each[1].total <= target]
-    if small_enough:  # the first has no equal slopes: the last resort
-        chosen = max(small_enough, key=lambda each: (each is not found[0], each[1].total))
-    else:
-        chosen = min(found, key=lambda each: each[1].total)
-    return Fit(chosen[0], chosen[1].total, len(found), chosen[1].total <= target)
+    return found
+
+
+def _shrink(code: Callable[[dict[str, float]], Coded], found: Codings, rates: dict[str, Rate], target: int) -> Codings:
+    """More codings where all in `found` are over: all steps grow by one factor, from those of the smallest file on and
+    each time by more than the excess asks for, until a file fits; the last resort is the least possible file."""
+    _learn(rates, *found[-1])
+    clips, coded = min(found, key=lambda each: each[1].total)
+    most = {name: max(k, CLIPS[1]) for name, k in found[0][0].items()}
+    more: Codings = []
+    while coded.total > target and any(k < most[name] * (1 - 1e-9) for name, k in clips.items()):
+        if len(more) < MOST_SHRINKINGS:
+            margin = 2 ** len(more) * max(LAST_AIM * target, coded.total - target)
+            clips = larger_clips(clips, rates, target - margin - coded.total + sum(coded.sizes.values()))
+        else:
+            clips = most
+        coded = code(clips)
+        _learn(rates, clips, coded)
+        more.append((clips, coded))
+    return more
+
+
+def _learn(rates: dict[str, Rate], clips: dict[str, float], coded: Coded) -> float:
+    """Take in one coding; by how many bytes the tensors' sizes were not foreseen, in all."""
+    return sum(abs(rate.learn(clips[name], coded.sizes[name])) for name, rate in rates.items())
 
 
 def _last_aim(surprise: float, miss: float) -> float:

@@ -132,7 +132,8 @@ def newton_schulz_reference(bank: Tensor, polynomials: Sequence[Polynomial], nor
     x = _normalized(bank.reshape(-1, *bank.shape[-2:]), normalize)  # (B, M, N)
     for a, b, c in polynomials:
         gram = x.mT @ x if tall else x @ x.mT  # (B, n, n), n = min(M, N)
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        # Some CPUs' products leave the result unwritten where alpha is 0.
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
         x = torch.baddbmm(x, *((x, gram) if tall else (gram, x)), beta=a)
     return x.reshape(bank.shape)
 

@@ -110,7 +110,7 @@ def residual_sum_rms_norm(
     shape = (math.prod(x.shape[:-1]), x.shape[-1])
     flat = [None if value is None else value.reshape(shape) for value in (x, branch, *padded)]
     backend = "reference" if x.dtype == torch.float64 else backends.choose("residual_rms_norm", x.device.type)
-    keep_sum = keep_sum and bool(streams) and branch is not None
+    keep_sum = keep_sum and len(streams) > 0 and branch is not None
     total, mixed, normed = _forward(*flat, weights, float(scale), keep_sum, backend)
     mixed = mixed.view(x.shape) if branch is not None or streams else x
     if not keep_sum:
@@ -323,7 +323,7 @@ def _check(x, branch, streams, weights, scale) -> None:
         checks.tensor(name, value, (x.dtype,))
         checks.shape(name, value, x.shape, "as x")
         checks.same_device("x", x, **{name: value})
-    if (weights is None) != (not streams):
+    if (weights is None) != (len(streams) == 0):
         raise ValueError("weights: expected with streams and only with them")
     if weights is not None:
         checks.tensor("weights", weights, (x.dtype, torch.float32))

@@ -42,7 +42,7 @@ def residual(branch: bool, streams: int, keep_sum: bool = False, dim: int = 48) 
         return *tensors, *([leaf(1 + streams, dim, dtype=dtype, device=device)] if streams else [])
 
     def split(tensors):
-        x, *others = tensors
+        x, others = tensors[0], list(tensors[1:])
         added = others.pop(0) if branch else None
         weights = others.pop() if streams else None
         return x, added, others, weights
@@ -139,7 +139,7 @@ def two_lanes(lanes: int, branches: int, skip: bool, dim: int = 48) -> Case:
         return *tensors, scalars(6, dtype, device), leaf(2 + 2 * skip, dim, dtype=dtype, device=device)
 
     def split(tensors):
-        *rows, keep_and_post, weights = tensors
+        rows, (keep_and_post, weights) = list(tensors[:-2]), tensors[-2:]
         skips = (rows.pop(), weights[2:]) if skip else (None, None)
         keep, post, x0 = keep_and_post[:2], keep_and_post[2:].view(2, 2), rows.pop()
         return rows[:lanes], rows[lanes:], keep, post, x0, weights[:2], *skips

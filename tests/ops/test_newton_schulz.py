@@ -126,6 +126,17 @@ def test_error_against_float64_is_that_of_plain_products(dtype):
         assert error <= NO_WORSE * plain_error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("poisoned")
+def test_polynomials_without_one_of_their_terms(dtype):
+    for m, n in SHAPES:
+        bank = torch.randn(2, m, n).to(dtype)
+        for polynomial in ((2.0, 0.0, 0.0), (2.0, 30.0, 0.0), (2.0, 0.0, 500.0), (0.0, 30.0, 0.0), (0.0, 0.0, 500.0)):
+            truth = newton_schulz_reference(bank.double(), [polynomial])
+            assert relative_error(newton_schulz_reference(bank, [polynomial]), truth) < 0.05, polynomial
+        assert (newton_schulz_reference(bank, [(0.0, 0.0, 0.0)]) == 0).all()
+
+
 # What momentum looks like: flat, one large direction, falling, or a small part that matters beside a large one.
 SPECTRA = {
     "flat": lambda n: torch.ones(n),
