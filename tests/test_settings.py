@@ -27,7 +27,7 @@ def test_every_field_is_set_by_its_upper_case_name():
         ({"PRESET": "dmeo"}, ["PRESET", "dmeo", "demo"]),
         ({"MODEL_DIM": "abc"}, ["MODEL_DIM", "abc", "integer"]),
         ({"MODEL_DIM": ""}, ["MODEL_DIM", "integer"]),
-        ({"MODEL_DIM": "-4"}, ["MODEL_DIM", "-4", "greater than 0"]),
+        ({"MODEL_DIM": "-4"}, ["MODEL_DIM", "-4", "must be 1 to 16384"]),
         ({"QK_GAIN_INIT": "nan"}, ["QK_GAIN_INIT", "nan"]),
         ({"MATRIX_BITS": "9"}, ["MATRIX_BITS", "9", "8"]),
         ({"DEVICE": "tpu"}, ["DEVICE", "tpu", "cuda"]),
