@@ -64,8 +64,9 @@ def _take(argv: list[str]) -> None:
     raise refused
 
 
-def ending(program: str, work: Callable[[], int | None]) -> int | None:
-    """What `work` returns, or the exit status for what stopped it, told in one line."""
+def ending(program: str, work: Callable[[], int | None], may_be_cut: bool = False) -> int | None:
+    """What `work` returns, or the exit status for what stopped it, told in one line; an output that
+    `may_be_cut` is no failure where its reader has enough (`pgolf ... | head`)."""
     try:
         try:
             return work()
@@ -74,12 +75,9 @@ def ending(program: str, work: Callable[[], int | None]) -> int | None:
                 sys.stdout.flush()
     except PgolfError as error:
         return complain(program, error)
-    except BrokenPipeError:  # `pgolf ... | head`: whoever read it has enough
-        _drop_output()
-        return 0
     except OSError as error:
         _drop_output()
-        return complain(program, error)
+        return 0 if may_be_cut and isinstance(error, BrokenPipeError) else complain(program, error)
     except KeyboardInterrupt:
         return 130
 

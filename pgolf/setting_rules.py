@@ -67,6 +67,8 @@ def _of_techniques(s: Any) -> Iterator[str]:
         yield "ATTN_OUT_GATE_ENABLED=1 and SPARSE_ATTN_GATE_ENABLED=1: attention has one gate at most"
     if s.gate_window > s.model_dim:
         yield f"GATE_WINDOW={s.gate_window} is more than MODEL_DIM"
+    if s.bos_id >= s.vocab_size:
+        yield f"BOS_ID={s.bos_id} must be a token, less than VOCAB_SIZE={s.vocab_size}"
     if s.bigram_vocab_size == 1:
         yield "BIGRAM_VOCAB_SIZE=1: must be 0 or at least 2"
     names = [name.strip() for name in s.ve_layers.split(",") if name.strip()]

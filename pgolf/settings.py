@@ -282,10 +282,10 @@ def load_settings(environ: Mapping[str, str] | None = None, preset: str | None =
     preset = given.pop("preset", None) or preset or default_preset(cuda)
     if preset not in PRESETS:
         raise UserError(f"PRESET={one_line(preset, 80)}: no such preset; accepted are {', '.join(sorted(PRESETS))}")
-    if "run_id" not in given:
-        seed = given.get("seed", PRESETS[preset].get("seed", Settings.model_fields["seed"].default))
-        given["run_id"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}-s{seed}"
-    return validate({"preset": preset, **PRESETS[preset], **given})
+    settings = validate({"preset": preset, **PRESETS[preset], **given})
+    if settings.run_id:
+        return settings
+    return settings.model_copy(update={"run_id": f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}-s{settings.seed}"})
 
 
 def given_settings(environ: Mapping[str, str]) -> dict[str, str]:

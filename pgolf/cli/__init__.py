@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int | None:
     """Run the command line `argv` (default: of the process) and return its exit status."""
     before_torch()
-    return ending("pgolf", lambda: _run(argv))
+    return ending("pgolf", lambda: _run(argv), may_be_cut=True)
 
 
 def _run(argv: list[str] | None) -> int:
