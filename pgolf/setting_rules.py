@@ -109,11 +109,8 @@ def _of_training(s: Any) -> Iterator[str]:
         yield f"EMA_DECAY={s.ema_decay:g} and SWA_EVERY={s.swa_every}: only one of the two can become the weights"
     if s.abort_bpb and not s.abort_step:
         yield f"ABORT_BPB={s.abort_bpb:g} needs ABORT_STEP, the step after which it is looked at"
-    if s.abort_step and not s.abort_bpb:
-        yield (
-            f"ABORT_STEP={s.abort_step} needs ABORT_BPB, the bits per byte above which the run ends "
-            "(VAL_LOSS_EVERY validates and goes on)"
-        )
+    if s.abort_step and "abort_bpb" not in s.model_fields_set:
+        yield f"ABORT_STEP={s.abort_step} needs ABORT_BPB, the bits per byte above which the run ends; 0 only validates"
 
 
 def _of_the_artifact(s: Any) -> Iterator[str]:

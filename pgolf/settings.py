@@ -148,7 +148,7 @@ class Settings(BaseModel):
     byte_weighted_loss: bool = says(False, "a token's loss counts by its bytes of text")
     mtp_tokens: int = whole(0, 0, 64, "tokens after the next one that are predicted too")
     mtp_loss_weight: float = real(0.2, 0, 1000, "weight of each of the MTP_TOKENS at the start; 0 at the end")
-    abort_step: int = whole(0, 0, MOST_STEPS, "validate after this step, for ABORT_BPB; 0: not")
+    abort_step: int = whole(0, 0, MOST_STEPS, "validate after this step; 0: not")
     abort_bpb: float = real(0.0, 0, 1000, "end the run if ABORT_STEP finds more bits per byte than this; 0: never")
 
     # optimiser

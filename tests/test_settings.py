@@ -130,6 +130,11 @@ def test_run_ids_are_made_from_time_preset_and_seed():
     assert load_settings({"PRESET": "demo", "SEED": "7"}).run_id.endswith("-demo-s7")
 
 
+def test_an_early_validation_may_come_alone_if_that_is_said():
+    settings = load_settings({"PRESET": "demo", "ABORT_STEP": "3", "ABORT_BPB": "0"})
+    assert validate(settings.model_dump()) == settings
+
+
 def test_every_setting_says_what_it_does_and_what_it_takes():
     for name, field in Settings.model_fields.items():
         assert field.description, name
