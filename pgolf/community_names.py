@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from pgolf.errors import UserError, one_line
 
@@ -97,6 +98,8 @@ REFUSED = {  # theirs, or how theirs begin when it ends in _: why
     "WORD_ORDER": ONE_HINT,
     "WORD_TAU": ONE_HINT,
 }
+# Refused as an argument; a variable of such a common name may be somebody else's, and is warned of.
+COMMON = ("ARTIFACT_DIR", "COMPRESSOR", "DATA_DIR")
 # In the entries' lists of hyperparameters, but set by the launcher or worked out: as variables they are anybody's.
 NOT_SETTINGS = ("DISTRIBUTED", "IS_MAIN_PROCESS", "LOCAL_RANK", "LOGFILE", "MODEL_PATH", "RANK", "WORLD_SIZE")
 
@@ -138,7 +141,9 @@ def in_our_names(
                 )
             taken.append(f"{name} as {TRANSLATED[name]}")
         elif value.strip().lower() in ALWAYS.get(name, ()):
-            unused.append(name)
+            unused.append(f"{name}={value.strip()}")
+        elif foreign and name in COMMON:
+            unknown.append(name)
         elif reason := reason_to_refuse(name):
             refused[name] = f"{name}={one_line(value, 80)}: {reason}"
         elif near := _near(name, ours):
@@ -151,8 +156,9 @@ def in_our_names(
         (name, message), *others = refused.items()
         raise UserError(message + (f" (nor can {', '.join(other for other, _ in others)} be used)" if others else ""))
     notes = [f"taken: {', '.join(sorted(taken))}"] if taken else []
-    notes += [f"asked for what is always done: {', '.join(sorted(unused))}"] if unused else []
-    notes += [f"not a setting, and not looked at: {', '.join(sorted(unknown))}"] if unknown else []
+    notes += [f"always so here: {', '.join(sorted(unused))}"] if unused else []
+    if unknown:
+        notes.append(f"no settings, and not looked at: {', '.join(sorted(unknown))} (`pgolf settings` lists all)")
     return values, notes
 
 
@@ -181,11 +187,13 @@ def looks_like_a_setting(name: str) -> bool:
     return name.isupper() and parts[0] not in FOREIGN and not VOCABULARY.isdisjoint(parts)
 
 
-def _near(variable: str, ours: Iterable[str]) -> str | None:
+@lru_cache(maxsize=1024)
+def _near(variable: str, ours: frozenset[str]) -> str | None:
     """The one of our names that `variable` is a slip away from."""
+    given = variable.upper()
     for name in ours:
-        allowed = 1 if len(name) < 10 else 2
-        if variable.upper() == name or (len(name) >= 4 and _edit_distance(variable.upper(), name, allowed) <= allowed):
+        allowed = 0 if len(name) < 4 else 1 if len(name) < 10 else 2
+        if len({*given} ^ {*name}) <= 2 * allowed and _edit_distance(given, name, allowed) <= allowed:
             return name
     return None
 

@@ -41,7 +41,8 @@ def _of_shapes(s: Any) -> Iterator[str]:
     weights += (s.bigram_vocab_size + s.model_dim) * s.bigram_dim if s.bigram_vocab_size else 0
     weights += (s.vocab_size + kv_dim) * s.ve_dim if s.ve_layers else 0
     if weights > MOST_WEIGHTS:
-        yield f"NUM_LAYERS={s.num_layers}, MODEL_DIM={s.model_dim}: {weights} weights, {MOST_WEIGHTS} may be"
+        of_what = f"NUM_LAYERS={s.num_layers}, MODEL_DIM={s.model_dim}, VOCAB_SIZE={s.vocab_size}"
+        yield f"{of_what}: {weights} weights; at most {MOST_WEIGHTS} are accepted"
 
 
 def _of_techniques(s: Any) -> Iterator[str]:

@@ -101,7 +101,7 @@ def test_their_names_for_the_same_are_taken_and_told():
     assert values == {"MUON_WEIGHT_DECAY": "0.1", "NGRAM_ORDER": "12"}
     assert notes == [
         "taken: MUON_WD as MUON_WEIGHT_DECAY, TOKEN_ORDER as NGRAM_ORDER",
-        "asked for what is always done: TIE_EMBEDDINGS",
+        "always so here: TIE_EMBEDDINGS=1",
     ]
     settings = load_settings({"PRESET": "demo", "EMBED_WD": "0.085", "EMBED_WEIGHT_DECAY": "0.085"})
     assert settings.embed_weight_decay == 0.085
@@ -127,11 +127,11 @@ def test_what_means_something_else_is_refused_with_the_reason(environ, named):
 
 
 def test_what_looks_like_a_setting_is_warned_of_and_ordinary_variables_are_not(capsys):
-    values, notes = in_our_names({**ORDINARY, "SEQ_LEN": "1", "NUM_EPOCHS": "3"}, NAMES)
+    values, notes = in_our_names({**ORDINARY, "SEQ_LEN": "1", "NUM_EPOCHS": "3", "DATA_DIR": "x"}, NAMES)
     assert values == {}
-    assert notes == ["not a setting, and not looked at: NUM_EPOCHS, SEQ_LEN"]
+    assert notes == ["no settings, and not looked at: DATA_DIR, NUM_EPOCHS, SEQ_LEN (`pgolf settings` lists all)"]
     assert [name for name in ORDINARY if looks_like_a_setting(name)] == []
-    note = "not a setting, and not looked at: \x1b[31m"
+    note = "no settings, and not looked at: \x1b[31m"
     tell([note])
     tell([note])
-    assert capsys.readouterr().err == "settings: not a setting, and not looked at: \\x1b[31m\n"
+    assert capsys.readouterr().err == "settings: no settings, and not looked at: \\x1b[31m\n"
