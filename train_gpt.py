@@ -28,6 +28,7 @@ from pgolf.model import Model, ModelConfig, choose_fused_glue
 from pgolf.ops.backends import check_environment
 from pgolf.packed_code import code_bytes, raw_code_bytes
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize_within_budget
+from pgolf.quantizers import OPERATIONS
 from pgolf.rate_budget import PROBE_ROWS, measure_rises
 from pgolf.run import Run, settings_of_run
 from pgolf.settings import Settings
@@ -153,14 +154,14 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log(f"report:{run.folder / 'report.html'} total_time:{run.seconds['total']:.1f}s")
 
 
-def main() -> int | None:
+def main() -> int:
     def run_all() -> None:
-        check_environment()
         settings = settings_of_run(cuda=torch.cuda.is_available())
+        check_environment(("leaky_relu2_mlp", "newton_schulz", *OPERATIONS[settings.quantizer]))
         with launch(settings.device, settings.process_timeout_seconds) as ranks, Run(settings, ranks) as run:
             run_training(settings, ranks, run)
 
-    return ending("train_gpt.py", run_all)
+    return ending("train_gpt.py", run_all) or 0
 
 
 if __name__ == "__main__":

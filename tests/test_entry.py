@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pgolf.entry import ending
-from pgolf.errors import MOST_LETTERS, DataError, UserError, one_line
+from pgolf.errors import MOST_LETTERS, DataError, PgolfError, UserError, one_line
 from pgolf.ops import backends
+from pgolf.quantizers import OPERATIONS, QUANTIZERS
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [str(ROOT / "train_gpt.py")]
@@ -131,7 +132,17 @@ def test_every_end_has_its_status(monkeypatch):
 def test_a_backend_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("PGOLF_BACKEND", "foo\x1b")
     with pytest.raises(UserError, match=r"PGOLF_BACKEND=foo\\x1b: no such backend; accepted are reference, native"):
-        backends.check_environment()
+        backends.check_environment([])
+
+
+def test_a_backend_that_a_run_cannot_finish_with_is_refused_before_it_begins(monkeypatch):
+    monkeypatch.setenv("PGOLF_BACKEND", "reference")
+    assert OPERATIONS.keys() == QUANTIZERS.keys()
+    for operations in OPERATIONS.values():
+        backends.check_environment(operations)
+    monkeypatch.setenv("PGOLF_BACKEND", "triton")
+    with pytest.raises(PgolfError, match="PGOLF_BACKEND=triton: trellis_quantize has no triton kernel"):
+        backends.check_environment(OPERATIONS["trellis"])
 
 
 def test_the_choice_of_a_backend_is_marked_as_the_compiler_marks_constants():

@@ -22,10 +22,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: of the process) and return its exit status."""
     before_torch()
-    return ending("pgolf", lambda: _run(argv), may_be_cut=True)
+    return ending("pgolf", lambda: _run(argv), may_be_cut=True) or 0
 
 
 def _run(argv: list[str] | None) -> int:

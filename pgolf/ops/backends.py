@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -214,9 +214,13 @@ def native() -> ModuleType:
     return importlib.import_module("pgolf._native")
 
 
-def check_environment() -> None:
-    """`UserError` where PGOLF_BACKEND names no backend, which else the first operation would tell."""
-    _forced_by_environment()
+def check_environment(operations: Iterable[str]) -> None:
+    """Refuse now what PGOLF_BACKEND would make each of `operations` refuse when it is called, perhaps much later."""
+    forced = _forced_by_environment()
+    for op in operations if forced else ():
+        found = _anywhere(op, forced)
+        if not found.ok:
+            raise BackendUnavailable(f"PGOLF_BACKEND={forced}: {found.reason}, and this run needs {op}")
 
 
 def _forced_by_environment() -> str | None:
