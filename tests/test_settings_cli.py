@@ -1,6 +1,7 @@
 """`pgolf settings` and `pgolf presets`: all there is, one in full, and as JSON."""
 
 import json
+import os
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_one_setting_is_told_in_full_and_a_part_of_a_name_finds_all(capsys):
     assert len(capsys.readouterr().out.splitlines()) > 5
     assert main(["settings", "COLOUR"]) == 2
     assert capsys.readouterr().err == "pgolf: COLOUR: no such setting, and none with that in its name\n"
+
+
+def test_the_command_lets_waiting_threads_sleep(monkeypatch, capsys):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert main(["presets"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert main(["presets"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_presets_are_listed_with_what_each_changes(capsys):
