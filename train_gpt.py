@@ -3,17 +3,17 @@
     torchrun --standalone --nproc_per_node=1 train_gpt.py                  # demo: real text, no GPU, no download
     PRESET=baseline torchrun --standalone --nproc_per_node=8 train_gpt.py  # the challenge's baseline on FineWeb
 
-Every setting of pgolf/settings.py is an environment variable of its upper-case name.
+Every setting of pgolf/settings.py is an environment variable of its upper-case name, or an argument NAME=value.
 """
 
-import os
 import sys
 from functools import partial
 from itertools import islice
 
-# Before torch loads its threads: waiting ones spin this long, then sleep. By default they spin on, and on a busy CPU a
-# step of the demo took 3.4 s instead of 0.6 s; on an idle one this costs nothing.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from pgolf.entry import begin_training, ending
+
+if __name__ == "__main__":
+    begin_training(sys.argv[1:])  # before torch, whose import takes seconds: help, and settings that cannot be used
 
 import torch
 
@@ -21,13 +21,14 @@ from pgolf.artifact import read_artifact, write_artifact
 from pgolf.attention import choose_attention
 from pgolf.dataset import compressors_bpb, open_dataset, training_loader
 from pgolf.distributed import Ranks, launch
-from pgolf.errors import PgolfError
 from pgolf.evaluate import Score, evaluate
 from pgolf.evaluate_ngram import evaluate_ngram
 from pgolf.machine import compute_dtype, keep_freed_memory
 from pgolf.model import Model, ModelConfig, choose_fused_glue
+from pgolf.ops.backends import check_environment
 from pgolf.packed_code import code_bytes, raw_code_bytes
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize_within_budget
+from pgolf.quantizers import OPERATIONS
 from pgolf.rate_budget import PROBE_ROWS, measure_rises
 from pgolf.run import Run, settings_of_run
 from pgolf.settings import Settings
@@ -154,14 +155,13 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
 
 
 def main() -> int:
-    try:
+    def run_all() -> None:
         settings = settings_of_run(cuda=torch.cuda.is_available())
+        check_environment(("leaky_relu2_mlp", "newton_schulz", *OPERATIONS[settings.quantizer]))
         with launch(settings.device, settings.process_timeout_seconds) as ranks, Run(settings, ranks) as run:
             run_training(settings, ranks, run)
-        return 0
-    except PgolfError as error:
-        print(f"train_gpt.py: {error}", file=sys.stderr)
-        return 2
+
+    return ending("train_gpt.py", run_all) or 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pgolf.data.shards import find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.distributed import Ranks
 from pgolf.errors import DataError
-from pgolf.presets import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH
+from pgolf.presets import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH, how_to_get
 from pgolf.settings import Settings
 
 COMPRESSOR_TOKENS = 8_000_000  # what xz and brotli are given at most; enough for both to settle
@@ -41,13 +41,13 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
         ranks.wait()
         if not Path(DEMO_TOKENIZER_PATH).exists():  # on another machine
             prepare_demo("data")
+    train_shards = shards_of(settings.data_path, "train")
     tokenizer = Tokenizer(settings.tokenizer_path)
     if tokenizer.vocab_size != settings.vocab_size:
         raise DataError(
             f"VOCAB_SIZE={settings.vocab_size} but {settings.tokenizer_path} has {tokenizer.vocab_size} pieces; "
             f"set VOCAB_SIZE={tokenizer.vocab_size} or name another TOKENIZER_PATH"
         )
-    train_shards = shards_of(settings.data_path, "train")
     _check_origin(settings.data_path, tokenizer)
     val_tokens, val_token_bytes = validation_split(settings.data_path, tokenizer)
     return Dataset(tokenizer, train_shards, val_tokens, val_token_bytes)
@@ -75,10 +75,10 @@ def _check_origin(data_path: str, tokenizer: Tokenizer) -> None:
 
 def shards_of(data_path: str, split: str) -> list[Path]:
     if not Path(data_path).is_dir():
-        raise DataError(f"DATA_PATH={data_path}: no such folder; `pgolf data --help` tells how to get data")
+        raise DataError(f"DATA_PATH={data_path}: no such folder; {how_to_get(data_path)}")
     shards = find_shards(data_path, split)
     if not shards:
-        raise DataError(f"DATA_PATH={data_path}: no *_{split}_*.bin shards; `pgolf data --help` tells how to get data")
+        raise DataError(f"DATA_PATH={data_path}: no *_{split}_*.bin shards; {how_to_get(data_path)}")
     return shards
 
 

@@ -1,7 +1,10 @@
 """Errors whose message is one line for a person: what was wrong, where, and what is accepted.
 
-The command line and `train_gpt.py` print the message alone and exit with status 2.
+The command line and `train_gpt.py` print the message alone and exit with status 2. Messages quote what they were given,
+so whatever prints one sends it through `one_line`.
 """
+
+MOST_LETTERS = 300  # of a message
 
 
 class PgolfError(Exception):
@@ -18,3 +21,15 @@ class DataError(PgolfError, ValueError):
 
 class ArtifactError(PgolfError, ValueError):
     """A `.pgolf` file that is damaged, hostile, or of a version this build does not read."""
+
+
+def one_line(message: object, most: int = MOST_LETTERS) -> str:
+    """`message` as a terminal may have it: one line of at most `most` letters, everything unprintable written out.
+
+    An escape sequence becomes `\\x1b[31m`, a byte that is no UTF-8 `\\udcff`. What is too long loses its middle.
+    """
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(message))
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 3]}...{text[-end:]}"

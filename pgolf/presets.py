@@ -31,7 +31,6 @@ def _fineweb(variant: str, vocab_size: int) -> dict[str, Any]:
     return {"data_path": FINEWEB[variant], "tokenizer_path": FINEWEB_TOKENIZER[variant], "vocab_size": vocab_size}
 
 
-# #66 at 3d1780d8: 1.16323 bpb, 21,778,504 parameters, 9,326 steps of 64.3 ms.
 PR66: dict[str, Any] = {
     "mlp_mult": 3.0,
     "train_batch_tokens": 393_216,
@@ -53,7 +52,6 @@ PR66: dict[str, Any] = {
     "eval_stride": 64,
 }
 
-# #1218: 1.0979 bpb, 34,401,371 parameters; every later entry's shape, without loops.
 DENSE4096: dict[str, Any] = {
     **_fineweb("sp4096", 4096),
     "num_layers": 11,
@@ -92,8 +90,7 @@ DENSE4096: dict[str, Any] = {
     "train_log_every": 500,
 }
 
-# The depth-recurrent write-up: 8 layers, 3x MLP, 4,096 pieces, layers 2 to 4 run eight times. It publishes no count
-# (21,002,304 parameters here, 29 layers deep); what it does not say is as in #1218.
+# What the write-up does not say is as in #1218; it publishes no count.
 RECURRENT8: dict[str, Any] = {
     **DENSE4096,
     "num_layers": 8,
@@ -105,7 +102,6 @@ RECURRENT8: dict[str, Any] = {
     "loop_end": 4,
 }
 
-# #1493, seed 42: 1.0810 bpb, 35,944,536 parameters, 4,550 steps of 129.2 ms.
 PR1493: dict[str, Any] = {
     **DENSE4096,
     **_fineweb("sp8192", 8192),
@@ -126,7 +122,6 @@ PR1493: dict[str, Any] = {
     "gptq_reserve_seconds": 12.0,
 }
 
-# #1855, seed 42: 1.06108 bpb, 35,945,671 parameters, 4,931 steps of 121.7 ms.
 PR1855: dict[str, Any] = {
     **PR1493,
     **_fineweb("caseops", 8192),
@@ -157,8 +152,7 @@ PR1855: dict[str, Any] = {
     "val_loss_every": 0,
 }
 
-# #2135, seed 42: 1.05651 bpb, the best listed, 35,945,673 parameters, 4,994 steps of 120.1 ms. SMEAR_GATE_BOS_FIX is on
-# here; #2135's command switched it off, though its README calls the gate fixed.
+# SMEAR_GATE_BOS_FIX is on here; #2135's command switched it off, though its README calls the gate fixed.
 RECORD: dict[str, Any] = {
     **PR1855,
     "asym_logit_rescale": True,  # #1923
@@ -171,7 +165,6 @@ RECORD: dict[str, Any] = {
     "val_loss_every": 4000,
 }
 
-# Small enough for two CPU cores, on text that every Python installation carries.
 DEMO: dict[str, Any] = {
     "data_path": DEMO_DATA_PATH,
     "tokenizer_path": DEMO_TOKENIZER_PATH,
@@ -209,7 +202,7 @@ DEMO: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "baseline": {},  # 1.2244 bpb, 17,059,912 parameters, 13,780 steps of 43.5 ms
+    "baseline": {},
     "demo": DEMO,
     "pr66": PR66,
     "dense4096": DENSE4096,
@@ -218,6 +211,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pr1855": PR1855,
     "record": RECORD,
 }
+
+SYSTEMS = {  # bpb, parameters and steps as published
+    "baseline": "the challenge's naive baseline: 1.2244 bpb, 17,059,912 parameters, 13,780 steps of 43.5 ms",
+    "demo": "small enough for two CPU cores, on text that every Python installation carries",
+    "pr66": "#66 at 3d1780d8: 1.16323 bpb, 21,778,504 parameters, 9,326 steps of 64.3 ms",
+    "dense4096": "#1218: 1.0979 bpb, 34,401,371 parameters; every later entry's shape, without loops",
+    "recurrent8": "the depth-recurrent write-up: 8 layers, 2 to 4 run eight times; 21,002,304 parameters here",
+    "pr1493": "#1493, seed 42: 1.0810 bpb, 35,944,536 parameters, 4,550 steps of 129.2 ms",
+    "pr1855": "#1855, seed 42: 1.06108 bpb, 35,945,671 parameters, 4,931 steps of 121.7 ms",
+    "record": "#2135, seed 42: 1.05651 bpb, the best listed, 35,945,673 parameters, 4,994 steps of 120.1 ms",
+}
+
+
+def how_to_get(data_path: str) -> str:
+    """What to do where the folder `data_path` has no shards."""
+    for variant, folder in FINEWEB.items():
+        if Path(data_path).name == Path(folder).name:
+            size = f"{DEFAULT_TRAIN_SHARDS} training shards of 200 MB"
+            return f"`pgolf data download --variant {variant}` fetches {size}; fewer with --train-shards"
+    return "`pgolf data --help` tells how to get data"
 
 
 def default_preset(cuda: bool) -> str:

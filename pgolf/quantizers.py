@@ -57,6 +57,13 @@ def trellis(weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, damp
     return Quantized(found.indices, found.scale, found.order, found.states)
 
 
+# What each calls, to quantise and to read the artifact.
+OPERATIONS = {
+    "rtn": ("unpack_dequantize",),
+    "gptq": ("gptq", "unpack_dequantize"),
+    "gptq_cd": ("gptq", "gptq_refine", "unpack_dequantize"),
+    "trellis": ("trellis_quantize", "trellis_dequantize"),
+}
 # One for each name that `Settings.quantizer` accepts.
 QUANTIZERS: dict[str, Callable[[Tensor, Tensor, int, float, float], Quantized]] = {
     "rtn": rtn,

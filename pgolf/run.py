@@ -27,7 +27,7 @@ from pgolf.evaluate import Score
 from pgolf.files import make_folder, write_json
 from pgolf.machine import cpu_name
 from pgolf.report import write_report
-from pgolf.settings import PRESETS, Settings, load_settings, validate
+from pgolf.settings import PRESETS, Settings, given_settings, load_settings, validate
 
 CHECKPOINT = "checkpoint.pt"
 # In the order of the documentation; unknown until measured, so that an interrupted run's summary has every field.
@@ -183,10 +183,10 @@ class Run:
 
 def settings_of_run(cuda: bool) -> Settings:
     """From presets and environment, or from the interrupted run that RESUME names."""
-    settings = load_settings(cuda=cuda)
-    if not settings.resume:
-        return settings
-    folder = Path(settings.resume)
+    resume = given_settings(os.environ).get("resume")
+    if not resume:
+        return load_settings(cuda=cuda)
+    folder = Path(resume)
     path = folder / "settings.json"
     if not (folder / CHECKPOINT).is_file() or not path.is_file():
         raise UserError(f"RESUME={folder}: no {CHECKPOINT} there; name the folder of an interrupted run")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported; train_gpt.py tells why
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported; pgolf/entry.py tells why
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # `pytest -n`: the workers share the cores
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from pgolf.cli import main
+from pgolf.dataset import open_dataset
 from pgolf.distributed import Ranks
+from pgolf.errors import DataError
 from pgolf.model import Model, ModelConfig
-from pgolf.presets import FINEWEB, PRESETS
+from pgolf.presets import FINEWEB, PRESETS, how_to_get
 from pgolf.run import Run
 from pgolf.settings import default_preset, load_settings
 
@@ -82,6 +84,15 @@ def test_a_narrow_run(preset, tiny_environ, tmp_path, monkeypatch):
     # two steps teach nothing; what counts is that the artifact is the model that was trained
     assert summary["val_bpb_quantized"] == pytest.approx(summary["val_bpb_float"], rel=0.05)
     assert 0 < summary["val_bpb_float"] < 20
+
+
+def test_where_its_data_is_missing_a_preset_names_the_command_that_fetches_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings({"PRESET": "baseline"})
+    command = "`pgolf data download --variant sp1024` fetches 80 training shards of 200 MB"
+    with pytest.raises(DataError, match=f"^DATA_PATH={settings.data_path}: no such folder; {command}"):
+        open_dataset(settings, Ranks(0, 1, torch.device("cpu")))
+    assert "pgolf data --help" in how_to_get("my/own/shards")
 
 
 def test_with_a_gpu_the_best_system_whose_data_is_there_is_the_default(tmp_path, monkeypatch):

@@ -5,38 +5,34 @@ above it: `pgolf --help` must answer at once, and `pgolf doctor` must run where 
 """
 
 import argparse
-import sys
 from typing import NoReturn
 
 import pgolf
-from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, size
-from pgolf.errors import PgolfError
+from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, presets, settings, size
+from pgolf.entry import before_torch, ending
+from pgolf.errors import one_line
 
-COMMANDS = (doctor, data, artifact, eval, size, import_checkpoint)
+COMMANDS = (doctor, settings, presets, data, artifact, eval, size, import_checkpoint)
 
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: of the process) and return its exit status."""
+    before_torch()
+    return ending("pgolf", lambda: _run(argv), may_be_cut=True) or 0
+
+
+def _run(argv: list[str] | None) -> int:
     parser = Parser(prog="pgolf", description="Train and price tiny language models under a byte budget.")
     parser.add_argument("--version", action="version", version=pgolf.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except PgolfError as error:
-        print(f"pgolf: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `pgolf ... | head`
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        return 130
+    return arguments.run(arguments)

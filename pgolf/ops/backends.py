@@ -18,12 +18,14 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
 import torch
+
+from pgolf.errors import PgolfError, UserError, one_line
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -33,10 +35,11 @@ _fallbacks: list[str] = []
 _forced: str | None = None
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(PgolfError, RuntimeError):
     """A backend was forced that an operation does not have on this machine or for these tensors.
 
-    The message says why not and what mends it. A RuntimeError.
+    The message says why not and what mends it. A RuntimeError and, as other refusals,
+    a PgolfError.
 
     Raises:
         Nothing itself; every operation with a choice of backends raises it, before anything runs.
@@ -118,13 +121,9 @@ def choose(op: str, device_type: str, no_kernel_for: str = "") -> str:
     return _choose(op, device_type, _forced, no_kernel_for)
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, device_type: str, forced: str | None, no_kernel_for: str) -> str:
     # Under torch.compile this runs once, at trace time: the book-keeping below is not part of any graph.
-    if forced is None:
-        forced = os.environ.get("PGOLF_BACKEND") or None
-        if forced is not None:
-            _check_name(forced, "PGOLF_BACKEND")
+    forced = forced or _forced_by_environment()
     if forced is not None:
         found = _availability(op, forced, device_type)
         if not found.ok:
@@ -139,6 +138,11 @@ def _choose(op: str, device_type: str, forced: str | None, no_kernel_for: str) -
         chosen = _preferred(op, device_type, no_kernel_for)
     _used[op] = chosen
     return chosen
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler: a second that those who compile
+# nothing need not wait.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _preferred(op: str, device_type: str, no_kernel_for: str) -> str:
@@ -210,9 +214,25 @@ def native() -> ModuleType:
     return importlib.import_module("pgolf._native")
 
 
-def _check_name(name: str, where: str = "backend") -> None:
+def check_environment(operations: Iterable[str]) -> None:
+    """Refuse now what PGOLF_BACKEND would make each of `operations` refuse when it is called, perhaps much later."""
+    forced = _forced_by_environment()
+    for op in operations if forced else ():
+        found = _anywhere(op, forced)
+        if not found.ok:
+            raise BackendUnavailable(f"PGOLF_BACKEND={forced}: {found.reason}, and this run needs {op}")
+
+
+def _forced_by_environment() -> str | None:
+    name = os.environ.get("PGOLF_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise UserError(f"PGOLF_BACKEND={one_line(name, 80)}: no such backend; accepted are {', '.join(BACKENDS)}")
+    return name
+
+
+def _check_name(name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"{where}: unknown backend {name!r}; accepted are {', '.join(BACKENDS)}")
+        raise ValueError(f"backend: unknown backend {name!r}; accepted are {', '.join(BACKENDS)}")
 
 
 def _anywhere(op: str, name: str) -> Availability:

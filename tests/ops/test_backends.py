@@ -73,7 +73,7 @@ def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match="unknown backend 'cuda'; accepted are reference, native, triton"):
         ops.backend("cuda").__enter__()
     monkeypatch.setenv("PGOLF_BACKEND", "fast")
-    with pytest.raises(ValueError, match="PGOLF_BACKEND: unknown backend 'fast'; accepted are"):
+    with pytest.raises(ValueError, match="PGOLF_BACKEND=fast: no such backend; accepted are"):
         pack()
 
 
