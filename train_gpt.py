@@ -11,6 +11,10 @@ import sys
 from functools import partial
 from itertools import islice
 
+from pgolf.checkout import require_installation
+
+if __name__ == "__main__":
+    require_installation("train_gpt.py")
 # Before torch loads its threads: waiting ones spin this long, then sleep. By default they spin on, and on a busy CPU a
 # step of the demo took 3.4 s instead of 0.6 s; on an idle one this costs nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

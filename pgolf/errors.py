@@ -18,3 +18,7 @@ class DataError(PgolfError, ValueError):
 
 class ArtifactError(PgolfError, ValueError):
     """A `.pgolf` file that is damaged, hostile, or of a version this build does not read."""
+
+
+class NotInstalledError(UserError, ImportError):
+    """A part of pgolf that is not built, or built from other sources; the message names the command that mends it."""

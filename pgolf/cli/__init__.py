@@ -9,10 +9,10 @@ import sys
 from typing import NoReturn
 
 import pgolf
-from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, size
+from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, size, train
 from pgolf.errors import PgolfError
 
-COMMANDS = (doctor, data, artifact, eval, size, import_checkpoint)
+COMMANDS = (doctor, train, data, artifact, eval, size, import_checkpoint)
 
 
 class Parser(argparse.ArgumentParser):
