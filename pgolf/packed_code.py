@@ -58,6 +58,11 @@ def raw_code_bytes() -> int:
 
 @cache
 def pack_code() -> bytes:
+    return lzma.compress(tar_code(), preset=9 | lzma.PRESET_EXTREME, check=lzma.CHECK_CRC32)
+
+
+def tar_code() -> bytes:
+    """The archive before it is compressed."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, path in sorted(code_files().items(), key=lambda each: (each[1].suffix, each[0])):  # like by like
@@ -67,7 +72,7 @@ def pack_code() -> bytes:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    return lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME, check=lzma.CHECK_CRC32)
+    return buffer.getvalue()
 
 
 def _modules() -> dict[str, tuple[str, Path]]:
