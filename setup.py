@@ -1,5 +1,8 @@
 """Builds csrc/ into `pgolf._native` with CMake and ninja; pyproject.toml holds the metadata.
 
+A wheel carries train_gpt.py, csrc/ and the build files too, in pgolf/_sources/: `pgolf train` runs the one, and all of
+them count as code (pgolf/packed_code.py).
+
 PGOLF_CUDA        auto (default): build the CUDA half where nvcc is found; if that fails, say why in one line and build
                   without it. on: the CUDA half must build. off: never.
 PGOLF_CUDA_ARCHS  architectures to compile for, "90a" by default; separate several with spaces, commas or semicolons.
@@ -12,15 +15,18 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = runpy.run_path(str(ROOT / "pgolf" / "sources.py"))
 ARCH = re.compile(r"\d+[af]?(-real|-virtual)?")
 COMPILER_ERROR = re.compile(r"^(?!CMake).*\b(fatal|error)\b\s*:")
 NO_NVCC = "nvcc was not found (CUDACXX where set, else PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)"
@@ -99,6 +105,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={extension.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPGOLF_SOURCES={SOURCES['native_digest'](ROOT)}",
             f"-DPGOLF_VERSION={self.distribution.get_version()}",
             f"-DPGOLF_CUDA={'ON' if cuda else 'OFF'}",
             *options,
@@ -114,6 +121,18 @@ class CMakeBuild(build_ext):
             raise BuildFailed(first_error(done.stdout))
 
 
+class BuildWithSources(build_py):
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "pgolf" / SOURCES["SHIPPED"]
+        shutil.rmtree(target, ignore_errors=True)
+        for name in SOURCES["shipped_files"](ROOT):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(ROOT / name), str(target / name))
+
+
 def find_tool(name: str) -> str:
     found = shutil.which(name)
     if not found:
@@ -122,4 +141,9 @@ def find_tool(name: str) -> str:
 
 
 cuda_mode(), cuda_archs()  # a wrong value ends the build before anything is done
-setup(ext_modules=[Extension("pgolf._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(str(ROOT), include=["pgolf", "pgolf.*"]), "pgolf.triton_kernels"],
+    package_dir={"pgolf.triton_kernels": "triton_kernels"},
+    ext_modules=[Extension("pgolf._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithSources},
+)

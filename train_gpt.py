@@ -10,10 +10,12 @@ import sys
 from functools import partial
 from itertools import islice
 
+from pgolf.checkout import require_installation
 from pgolf.entry import begin_training, ending
 
-if __name__ == "__main__":
-    begin_training(sys.argv[1:])  # before torch, whose import takes seconds: help, and settings that cannot be used
+if __name__ == "__main__":  # before torch, whose import takes seconds: help, and settings that cannot be used
+    require_installation("train_gpt.py")
+    begin_training(sys.argv[1:])
 
 import torch
 

@@ -286,6 +286,7 @@ py::dict build_info() {
   result["version"] = info.version;
   result["compiler"] = info.compiler;
   result["build_type"] = info.build_type;
+  result["sources"] = info.sources;
   result["cpu_features"] = pgolf::cpu_features();
   result["cpu_level"] = pgolf::level_name();
   result["cuda"] = info.cuda;

@@ -21,7 +21,7 @@ std::vector<std::string> split_words(const std::string& text) {
 }  // namespace
 
 BuildInfo build_info() {
-  BuildInfo info{PGOLF_VERSION, PGOLF_COMPILER, PGOLF_BUILD_TYPE, false, "", {}, PGOLF_CUDA_REASON, 0};
+  BuildInfo info{PGOLF_VERSION, PGOLF_COMPILER, PGOLF_BUILD_TYPE, PGOLF_SOURCES, false, "", {}, PGOLF_CUDA_REASON, 0};
 #if PGOLF_CUDA
   info.cuda = true;
   info.cuda_version = cuda_version();

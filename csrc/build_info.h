@@ -8,6 +8,7 @@ namespace pgolf {
 
 struct BuildInfo {
   std::string version, compiler, build_type;
+  std::string sources;  // their SHA-256, as pgolf/sources.py computes it; "" when setup.py did not run the build
   bool cuda;
   std::string cuda_version;             // of the toolkit, "13.0"; "" without CUDA
   std::vector<std::string> cuda_archs;  // "90a", ...

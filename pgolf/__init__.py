@@ -7,11 +7,14 @@ in bytes and scores a run.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pgolf.checkout import complete
 from pgolf.errors import ArtifactError, DataError, PgolfError, UserError
 
 if TYPE_CHECKING:
     from pgolf import ops
     from pgolf.ngram_cache import NgramCache
+
+complete()
 
 __version__ = "0.1.0"
 __all__ = ["ArtifactError", "DataError", "NgramCache", "PgolfError", "UserError", "__version__", "ops"]

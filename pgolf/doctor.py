@@ -13,9 +13,9 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from pgolf.checkout import rebuild_command
 from pgolf.probes import PACKAGES, Facts, look
 
 GIB = 2**30
@@ -57,6 +57,10 @@ def collect() -> dict[str, Any]:
 
 def diagnose(found: dict[str, Facts]) -> Iterator[Problem]:
     """Every problem that the facts of `look` show."""
+    if not found["packages"].get("torch") and "error" in found["native"]:
+        limits = f"pgolf is not installed for {sys.executable}: nothing of it runs"
+        yield Problem("problem", "python", limits, rebuild_command(tested=True))
+        return  # the rest follows from it
     for judge in (_torch, _triton, _native, _operations, _gpu, _compilers, _packages, _machine, _data):
         yield from judge(found)
     for section in ("python", "gpu", "attention", "compilers", "packages", "codecs", "machine", "data"):
@@ -245,14 +249,6 @@ def _release(version: str) -> tuple[int, ...]:
     """(2, 13, 0) of "2.13.0+cpu"; () of what is no version."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
-
-
-def rebuild_command() -> str:
-    """Installs pgolf again from the folder it came from."""
-    source = Path(__file__).resolve().parents[1]
-    if not (source / "setup.py").is_file():
-        return "pip install --force-reinstall --no-deps pgolf"
-    return "pip install -e " + ("." if source == Path.cwd() else shlex.quote(str(source)))
 
 
 def install_command(debian: str, fedora: str) -> str:

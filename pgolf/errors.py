@@ -23,6 +23,10 @@ class ArtifactError(PgolfError, ValueError):
     """A `.pgolf` file that is damaged, hostile, or of a version this build does not read."""
 
 
+class NotInstalledError(UserError, ImportError):
+    """A part of pgolf that is not built, or built from other sources; the message names the command that mends it."""
+
+
 def one_line(message: object, most: int = MOST_LETTERS) -> str:
     """`message` as a terminal may have it: one line of at most `most` letters, everything unprintable written out.
 

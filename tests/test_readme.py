@@ -59,7 +59,9 @@ def test_the_first_command_trains_quantises_and_scores(as_a_user):
 
 def test_the_second_command_is_what_continuous_integration_runs():
     assert TEST_COMMAND == "pip install -e '.[test]' -c constraints.txt && pytest -q -n auto"
-    assert "grep -F \"pip install -e '.[test]'\" README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    script = ROOT / ".ci" / "run"
+    if script.exists():  # only the repository has it
+        assert "grep -F \"pip install -e '.[test]'\" README.md" in script.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

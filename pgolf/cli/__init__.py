@@ -8,11 +8,11 @@ import argparse
 from typing import NoReturn
 
 import pgolf
-from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, presets, settings, size
+from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, presets, settings, size, train
 from pgolf.entry import before_torch, ending
 from pgolf.errors import one_line
 
-COMMANDS = (doctor, settings, presets, data, artifact, eval, size, import_checkpoint)
+COMMANDS = (doctor, train, settings, presets, data, artifact, eval, size, import_checkpoint)
 
 
 class Parser(argparse.ArgumentParser):
