@@ -418,7 +418,7 @@ def test_a_snapshot_that_no_cache_could_leave_is_refused(rng):
         ("token", 11),
         *(("distinct", each) for each in (0, 1, 60000)),
         *(("total", each) for each in (0, 1, 7560, 2**32 - 1)),
-        *(("first", each) for each in (11, 20, 65535)),
+        *(("first", each) for each in (20, 65535)),
         *(("count", each) for each in (0, 65535)),
     ]:
         changed = direct.copy()
@@ -429,14 +429,10 @@ def test_a_snapshot_that_no_cache_could_leave_is_refused(rng):
     free.view(fields)[15]["distinct"], free.view(fields)[15]["total"] = 9, 7560
     with pytest.raises(ValueError, match="snapshot"):
         cache.restore(signed(head, free.tobytes(), rest))
-    for at, value in [
-        (80, np.float64(1.5)),
-        (88, np.float64(np.nan)),
-        (96, np.float64(np.inf)),
-        (80, np.float64(1e-9)),
-    ]:
+    for at, value in [(80, 1.5), (80, 1e-9), (88, math.nan), (88, -0.1), (96, math.inf), (96, -1.0)]:  # weights
+        octets = np.float64(value).tobytes()
         with pytest.raises(ValueError, match="snapshot"):
-            cache.restore(signed(head[:at], value.tobytes(), head[at + 8 :], direct.tobytes(), rest))
+            cache.restore(signed(head[:at], octets, head[at + 8 :], direct.tobytes(), rest))
     assert cache.snapshot() == before
 
 
