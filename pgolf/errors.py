@@ -18,3 +18,7 @@ class DataError(PgolfError, ValueError):
 
 class ArtifactError(PgolfError, ValueError):
     """A `.pgolf` file that is damaged, hostile, or of a version this build does not read."""
+
+
+class ScoreError(PgolfError, ArithmeticError):
+    """A model that has no score: the sum of its losses is not a number, or infinite."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf.distributed import Ranks
+from pgolf.errors import ScoreError
 from pgolf.model import Model
 from pgolf.ops import checks
 from pgolf.progress import progress
@@ -28,6 +29,7 @@ class Score:
         tokens: targets scored.
         bytes: of text that they stand for.
     Raises:
+        ScoreError: nats that are infinite or not a number.
         ZeroDivisionError: `loss` and `bpb` where nothing was scored.
     Example:
         >>> import math
@@ -42,6 +44,10 @@ class Score:
     nats: float
     tokens: int
     bytes: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.nats):
+            raise ScoreError(f"the loss over {self.tokens} tokens is {self.nats}: the model computes no finite numbers")
 
     @property
     def loss(self) -> float:
@@ -86,6 +92,7 @@ def evaluate(
     Raises:
         TypeError: a wrong type.
         ValueError: a shape or number that does not fit; on the CPU a token outside the model's vocabulary.
+        ScoreError: losses that are not finite; on all ranks.
     Example:
         >>> import torch
         >>> from pgolf.distributed import Ranks
