@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("resource")
 sys.path.append(str(Path(__file__).parent.parent / "bench" / "studies"))
-import attack  # noqa: E402
+import attack
 
 
 def test_outcomes_of_a_process_that_dies(capfd):
