@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf.distributed import Ranks
-from pgolf.errors import ScoreError
+from pgolf.errors import DataError, ScoreError
 from pgolf.model import Model
 from pgolf.ops import checks
 from pgolf.progress import progress
@@ -91,7 +91,7 @@ def evaluate(
         A `Score`: nats, tokens and bytes; `bpb` is the challenge's number.
     Raises:
         TypeError: a wrong type.
-        ValueError: a shape or number that does not fit; on the CPU a token outside the model's vocabulary.
+        ValueError: a shape or number that does not fit; a token outside the model's vocabulary.
         ScoreError: losses that are not finite; on all ranks.
     Example:
         >>> import torch
@@ -143,6 +143,9 @@ def target_losses(
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """This rank's batches: the first target's number (0 for tokens[1]), nats of it and those that follow (n,), and of
     `others`, on the model's device. Together the ranks give every target once."""
+    most = int(tokens.max())
+    if most >= model.config.vocab_size:  # a GPU would end the process
+        raise DataError(f"the text to score has token {most}, the model knows {model.config.vocab_size}")
     device = next(model.parameters()).device
     batches = ScoringBatches(tokens, seq_len, batch_tokens, stride, bos_id, ranks.rank, ranks.world_size)
     for batch, scored, first in progress(batches, "scoring", len(batches), unit="batch"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pgolf.distributed import Ranks
-from pgolf.errors import ScoreError
+from pgolf.errors import DataError, ScoreError
 from pgolf.evaluate import Score, evaluate, target_losses
 from pgolf.model import Model, ModelConfig
 from pgolf.settings import load_settings
@@ -53,6 +53,13 @@ def test_sums_equal_a_plain_loop(model, count, stride):
     assert math.isclose(score.nats, nats, rel_tol=1e-5)
     assert math.isclose(score.bpb, nats / math.log(2) / score.bytes, rel_tol=1e-5)
     assert math.isclose(score.loss, nats / (count - 1), rel_tol=1e-5)
+
+
+def test_a_token_that_the_model_does_not_know_is_named(model):
+    tokens, token_bytes = make_tokens(50)
+    tokens[7] = 50
+    with pytest.raises(DataError, match="has token 50, the model knows 50"):
+        evaluate(model, tokens, token_bytes, 16, 64, ALONE)
 
 
 def test_a_model_that_computes_no_numbers_has_no_score(model):
