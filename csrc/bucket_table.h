@@ -81,27 +81,38 @@ class BucketTable {
     }
   }
 
-  // Into an empty table; `fits` says whether an entry can be one. False where the bytes are no table.
-  template <class Fits>
-  bool load(ByteReader& in, Fits fits) {
+  // Into an empty table. False where the bytes are no table; what the entries say is for the caller to judge.
+  bool load(ByteReader& in) {
     uint64_t taken;
     in.get(taken);
+    uint64_t next = 0;  // places ascend
     for (uint32_t place; taken && in.good(); --taken) {
       Entry entry;
       in.get(place);
       in.get(entry);
-      if (!in.good() || place >= size() || !entry.owner || !fits(entry)) return false;
+      if (!in.good() || place < next || place >= size() || !entry.owner) return false;
       entries_[place] = entry;
+      next = uint64_t{place} + 1;
     }
     return in.good();
+  }
+
+  // Calls right(entry) for the taken entries until one is not; how many there are, or -1.
+  template <class Right>
+  int64_t count_right(Right right) {
+    int64_t taken = 0;
+    for (size_t i = 0; i < size(); ++i) {
+      if (!entries_[i].owner) continue;
+      if (!right(entries_[i])) return -1;
+      ++taken;
+    }
+    return taken;
   }
 
   void list_taken(std::vector<uint32_t>& places) const {
     for (size_t i = 0; i < size(); ++i)
       if (entries_[i].owner) places.push_back(static_cast<uint32_t>(i));
   }
-
-  void clear() { entries_.clear(); }
 
  private:
   size_t buckets_;

@@ -28,7 +28,8 @@ PGOLF_TARGET bool factor_strip(float* strip, const float* own, float* scaled, fl
       }
       if (is_diagonal) {
         const float pivot = rest[inside + j];
-        if (!(pivot > 0) || !(pivot <= std::numeric_limits<float>::max())) return false;
+        using Limits = std::numeric_limits<float>;
+        if (!(pivot >= Limits::min() && pivot <= Limits::max())) return false;  // its inverse is finite too
         pivots[start + j] = pivot;
         std::memcpy(scaled + (start + j) * strip_rows, rest, strip_rows * sizeof(float));
       }

@@ -131,14 +131,6 @@ void HintCounts::forget() {
   stats_.contexts = stats_.successors = 0;
 }
 
-void HintCounts::clear() {
-  forget();
-  contexts_.clear();
-  successors_.clear();
-  stream_.clear();
-  stats_ = {};
-}
-
 void HintCounts::save(ByteWriter& out) const {
   stream_.save(out);
   out.put(stats_);
@@ -146,13 +138,62 @@ void HintCounts::save(ByteWriter& out) const {
   successors_.save(out);
 }
 
+// Whether a search for its tokens ends there.
+bool HintCounts::is_in_place(const HintContext& context) {
+  const uint16_t* x = stream_.history() + (context.owner - 1);
+  const uint64_t its_hash = hash(x);
+  return context.tag == tag_of(its_hash) && place(its_hash, x) == &context;
+}
+
+// Whether the successors of every context with several are as many as it says, as often as it says, the hint among them
+// and none more often. They are taken from its numbers, and put back.
+bool HintCounts::successors_add_up() {
+  const auto all = [&](auto right) { return contexts_.count_right(right) >= 0; };
+  all([](HintContext& each) {
+    if (each.distinct == 1) each.distinct = each.total = 0;  // it is alone, and has none in the table
+    return true;
+  });
+  const int64_t count = successors_.count_right([&](const Successor& successor) {
+    if (successor.owner > contexts_.size() || successor.token >= config_.vocab_size) return false;
+    HintContext& context = contexts_[successor.owner - 1];
+    if (!context.distinct || successor.count == 0 || successor.count > context.total) return false;
+    const bool is_hint = successor.token == context.best;
+    if (is_hint ? successor.count != context.best_count : successor.count > context.best_count) return false;
+    if (successors_.place(successor.owner, successor.token) != &successor) return false;
+    --context.distinct;
+    context.total -= successor.count;
+    return true;
+  });
+  if (count < 0 || stats_.successors != static_cast<uint64_t>(count)) return false;
+  if (!all([](const HintContext& each) { return each.distinct == 0 && each.total == 0; })) return false;
+  successors_.count_right([&](const Successor& successor) {
+    HintContext& context = contexts_[successor.owner - 1];
+    ++context.distinct;
+    context.total += successor.count;
+    return true;
+  });
+  return all([&](HintContext& each) {
+    if (each.distinct) return successors_.find(contexts_.index(&each) + 1, each.best) != nullptr;
+    each.distinct = 1;
+    each.total = each.best_count;
+    return true;
+  });
+}
+
 bool HintCounts::load(ByteReader& in) {
   if (!stream_.load(in, config_.vocab_size)) return false;
   in.get(stats_);
+  if (!contexts_.load(in) || !successors_.load(in) || stats_.tokens < stream_.position()) return false;
+  // All positions first: a search reads the tokens before the position of every context that it passes.
   const auto can_be = [&](const HintContext& context) {
-    return context.owner > static_cast<uint32_t>(stream_.longest()) && context.owner - 1 < stream_.kept();
+    return context.owner > static_cast<uint32_t>(stream_.longest()) && context.owner - 1 < stream_.kept() &&
+           context.distinct > 0 && context.distinct <= context.total && context.best < config_.vocab_size &&
+           context.best_count > 0 && (context.distinct > 1 || context.best_count == context.total);
   };
-  if (!contexts_.load(in, can_be) || !successors_.load(in, [](const Successor&) { return true; })) return false;
+  const int64_t contexts = contexts_.count_right(can_be);
+  if (contexts < 0 || stats_.contexts != static_cast<uint64_t>(contexts)) return false;
+  if (contexts_.count_right([&](const HintContext& context) { return is_in_place(context); }) < 0) return false;
+  if (!successors_add_up()) return false;
   if (!stream_.resets()) return true;
   contexts_.list_taken(touched_contexts_);
   successors_.list_taken(touched_successors_);

@@ -38,8 +38,7 @@ class HintCounts {
   Hint look() const;  // the next token's hint
   CountsStats stats() const;
   void save(ByteWriter& out) const;
-  bool load(ByteReader& in);
-  void clear();
+  bool load(ByteReader& in);  // into new counts of the same config; as NgramCounts::load
 
  private:
   struct Ahead {
@@ -58,6 +57,8 @@ class HintCounts {
   void count(HintContext* context, uint16_t token);
   void keep(Successor* successor, uint32_t owner, uint16_t token, uint16_t count);
   void forget();
+  bool is_in_place(const HintContext& context);
+  bool successors_add_up();
 
   CountsConfig config_;
   BucketTable<HintContext> contexts_;

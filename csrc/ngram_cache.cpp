@@ -34,7 +34,7 @@ MixConfig hint_config(double threshold) { return {static_cast<Mixing>(-1), 0, th
 
 void NgramCache::score(const uint16_t* tokens, const double* base, double* out, int64_t count) {
   Mixer::Trace trace;
-  counts_.observe(tokens, count, [&](int64_t i, const Evidence* evidence, int depth) {
+  counts_->observe(tokens, count, [&](int64_t i, const Evidence* evidence, int depth) {
     out[i] = base[i];
     if (depth == 0) return;
     out[i] = log_of(mixer_.mix(exp_of(base[i]), evidence, depth, trace));
@@ -43,16 +43,16 @@ void NgramCache::score(const uint16_t* tokens, const double* base, double* out, 
 }
 
 void NgramCache::update(const uint16_t* tokens, int64_t count) {
-  counts_.observe(tokens, count, [](int64_t, const Evidence*, int) {});
+  counts_->observe(tokens, count, [](int64_t, const Evidence*, int) {});
 }
 
 void NgramCache::distribution(const double* base, double* out) const {
   NgramCounts::Seen seen[most_context];
   Evidence evidence[most_context];
   Mixer::Trace trace;
-  const int depth = counts_.look(seen);
+  const int depth = counts_->look(seen);
   for (int token = 0; token < config().vocab_size; ++token) {
-    for (int i = 0; i < depth; ++i) evidence[i] = counts_.evidence_of(seen[i], static_cast<uint16_t>(token));
+    for (int i = 0; i < depth; ++i) evidence[i] = counts_->evidence_of(seen[i], static_cast<uint16_t>(token));
     out[token] = depth ? mixer_.mix(base[token], evidence, depth, trace) : base[token];
   }
 }
@@ -61,33 +61,34 @@ std::vector<uint8_t> NgramCache::save() const {
   ByteWriter out;
   put_config(out, config(), mix_);
   mixer_.save(out);
-  counts_.save(out);
+  counts_->save(out);
   return out.finish();
 }
 
 bool NgramCache::load(const uint8_t* data, size_t size) {
   ByteReader in(data, size);
   if (!in.good() || !same_config(in, config(), mix_)) return false;
-  counts_.clear();
-  if (mixer_.load(in) && counts_.load(in) && in.done()) return true;
-  counts_.clear();
-  mixer_ = Mixer(mix_);
-  return false;
+  auto counts = std::make_unique<NgramCounts>(config());
+  Mixer mixer(mix_);
+  if (!mixer.load(in) || !counts->load(in) || !in.done()) return false;
+  counts_ = std::move(counts);
+  mixer_ = mixer;
+  return true;
 }
 
 void HintCache::hints(const uint16_t* tokens, uint16_t* hints, uint8_t* gates, int64_t count) {
-  counts_.observe(tokens, count, [&](int64_t i, const Hint& hint) {
+  counts_->observe(tokens, count, [&](int64_t i, const Hint& hint) {
     hints[i] = hint.token;
     gates[i] = open(hint);
   });
 }
 
 void HintCache::update(const uint16_t* tokens, int64_t count) {
-  counts_.observe(tokens, count, [](int64_t, const Hint&) {});
+  counts_->observe(tokens, count, [](int64_t, const Hint&) {});
 }
 
 bool HintCache::look(uint16_t& hint) const {
-  const Hint found = counts_.look();
+  const Hint found = counts_->look();
   hint = found.token;
   return open(found);
 }
@@ -95,17 +96,17 @@ bool HintCache::look(uint16_t& hint) const {
 std::vector<uint8_t> HintCache::save() const {
   ByteWriter out;
   put_config(out, config_, hint_config(threshold_));
-  counts_.save(out);
+  counts_->save(out);
   return out.finish();
 }
 
 bool HintCache::load(const uint8_t* data, size_t size) {
   ByteReader in(data, size);
   if (!in.good() || !same_config(in, config_, hint_config(threshold_))) return false;
-  counts_.clear();
-  if (counts_.load(in) && in.done()) return true;
-  counts_.clear();
-  return false;
+  auto counts = std::make_unique<HintCounts>(config_);
+  if (!counts->load(in) || !in.done()) return false;
+  counts_ = std::move(counts);
+  return true;
 }
 
 }  // namespace pgolf

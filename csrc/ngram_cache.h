@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "hint_counts.h"
@@ -13,7 +14,8 @@ namespace pgolf {
 // Log-probabilities are natural. Tokens are below vocab_size; the caller sees to it.
 class NgramCache {
  public:
-  NgramCache(const CountsConfig& counts, const MixConfig& mix) : counts_(counts), mix_(mix), mixer_(mix) {}
+  NgramCache(const CountsConfig& counts, const MixConfig& mix)
+      : counts_(std::make_unique<NgramCounts>(counts)), mix_(mix), mixer_(mix) {}
 
   // out[i] is the mixed log-probability of tokens[i], whose base log-probability is base[i], from the tokens before it.
   void score(const uint16_t* tokens, const double* base, double* out, int64_t count);
@@ -22,14 +24,14 @@ class NgramCache {
   // The next token's whole distribution, given the base's.
   void distribution(const double* base, double* out) const;
 
-  CountsStats stats() const { return counts_.stats(); }
+  CountsStats stats() const { return counts_->stats(); }
   std::vector<uint8_t> save() const;
-  bool load(const uint8_t* data, size_t size);  // false, and empty, where the bytes are no snapshot of such a cache
+  bool load(const uint8_t* data, size_t size);  // false, and as before, where the bytes are no snapshot of such a cache
 
  private:
-  CountsConfig config() const { return counts_.config(); }
+  CountsConfig config() const { return counts_->config(); }
 
-  NgramCounts counts_;
+  std::unique_ptr<NgramCounts> counts_;
   MixConfig mix_;
   Mixer mixer_;
 };
@@ -37,7 +39,7 @@ class NgramCache {
 class HintCache {
  public:
   HintCache(const CountsConfig& counts, double threshold)
-      : config_(counts), threshold_(threshold), counts_(counts) {}
+      : config_(counts), threshold_(threshold), counts_(std::make_unique<HintCounts>(counts)) {}
 
   // hints[i] for tokens[i] from the tokens before it; gates[i] is 1 where it came in `threshold` of all cases, else 0, and
   // where there is none, both are.
@@ -45,7 +47,7 @@ class HintCache {
   void update(const uint16_t* tokens, int64_t count);
   bool look(uint16_t& hint) const;  // the next token's; whether its gate is open
 
-  CountsStats stats() const { return counts_.stats(); }
+  CountsStats stats() const { return counts_->stats(); }
   std::vector<uint8_t> save() const;
   bool load(const uint8_t* data, size_t size);
 
@@ -54,7 +56,7 @@ class HintCache {
 
   CountsConfig config_;
   double threshold_;
-  HintCounts counts_;
+  std::unique_ptr<HintCounts> counts_;
 };
 
 }  // namespace pgolf

@@ -220,16 +220,6 @@ void NgramCounts::forget() {
   stats_.contexts = stats_.successors = 0;
 }
 
-void NgramCounts::clear() {
-  direct_.clear();
-  contexts_.clear();
-  successors_.clear();
-  touched_contexts_.clear();
-  touched_successors_.clear();
-  stream_.clear();
-  stats_ = {};
-}
-
 void NgramCounts::save(ByteWriter& out) const {
   stream_.save(out);
   out.put(stats_);
@@ -238,17 +228,83 @@ void NgramCounts::save(ByteWriter& out) const {
   successors_.save(out);
 }
 
+Context* NgramCounts::node_of(uint32_t id) {
+  const size_t index = static_cast<size_t>(id) - 1, direct = direct_.size();  // of id 0 beyond all
+  if (index >= direct && index - direct >= contexts_.size()) return nullptr;
+  Context* context = index < direct ? &direct_[index] : &contexts_[index - direct];
+  return context->owner && context->distinct ? context : nullptr;
+}
+
+// What a context says of itself alone.
+bool NgramCounts::can_be(const Context& context) const {
+  if (!context.distinct) return context.total < stream_.kept();
+  return context.total <= most_total && context.distinct <= context.total && context.first < config_.vocab_size &&
+         context.first_count > 0;
+}
+
+// Whether its owners are the nodes of ever fewer tokens, and where it is a leaf, its tokens lie before its position.
+bool NgramCounts::stands_for_its_tokens(const Context& context) {
+  uint16_t tokens[most_context];  // the oldest first
+  uint32_t length = 0;
+  const Context* at = &context;
+  while (true) {
+    tokens[length++] = at->token;
+    if (at >= direct_.data() && at < direct_.data() + direct_.size()) break;
+    at = node_of(at->owner);
+    if (!at || length == static_cast<uint32_t>(stream_.longest())) return false;
+  }
+  if (context.distinct) return context.token < config_.vocab_size;
+  return length <= context.total && std::equal(tokens, tokens + length, stream_.history() + context.total - length);
+}
+
+// Whether the successors of every node are as many as it says, as often as it says. They are taken from its numbers, and
+// put back.
+bool NgramCounts::successors_add_up() {
+  const int64_t count = successors_.count_right([&](const Successor& successor) {
+    Context* node = node_of(successor.owner);
+    if (!node || node->distinct < 2 || successor.token >= config_.vocab_size || successor.token == node->first)
+      return false;
+    if (successor.count == 0 || successor.count > node->total) return false;
+    if (successors_.place(successor.owner, successor.token) != &successor) return false;
+    --node->distinct;
+    node->total -= successor.count;
+    return true;
+  });
+  if (count < 0 || stats_.successors != static_cast<uint64_t>(count)) return false;
+  const auto alone = [](const Context& each) {
+    return !each.distinct || (each.distinct == 1 && each.total == each.first_count);
+  };
+  if (!std::all_of(direct_.data(), direct_.data() + direct_.size(), alone)) return false;
+  if (contexts_.count_right(alone) < 0) return false;
+  successors_.count_right([&](const Successor& successor) {
+    Context* node = node_of(successor.owner);
+    ++node->distinct;
+    node->total += successor.count;
+    return true;
+  });
+  return true;
+}
+
 bool NgramCounts::load(ByteReader& in) {
   if (!stream_.load(in, config_.vocab_size)) return false;
   in.get(stats_);
   in.get(direct_.data(), direct_.size());
-  const auto can_be = [&](const Context& context) {  // what take() relies on
-    return context.distinct ? context.total <= most_total && context.distinct <= context.total
-                            : context.total < stream_.kept();
-  };
-  for (size_t i = 0; i < direct_.size(); ++i)
-    if (direct_[i].owner && !can_be(direct_[i])) return false;
-  if (!contexts_.load(in, can_be) || !successors_.load(in, [](const Successor&) { return true; })) return false;
+  if (!contexts_.load(in) || !successors_.load(in)) return false;
+  uint64_t direct = 0;
+  for (size_t token = 0; token < direct_.size(); ++token) {
+    const Context& context = direct_[token], free = {};
+    direct += context.owner != 0;
+    const bool right = context.owner ? context.owner == no_owner && context.token == token && can_be(context) &&
+                                           stands_for_its_tokens(context)
+                                     : std::memcmp(&context, &free, sizeof free) == 0;
+    if (!right) return false;
+  }
+  const int64_t others = contexts_.count_right([&](const Context& context) {
+    return can_be(context) && stands_for_its_tokens(context) &&
+           contexts_.place(context.owner, context.token) == &context;
+  });
+  if (others < 0 || stats_.contexts != direct + others || stats_.tokens < stream_.position()) return false;
+  if (!successors_add_up()) return false;
   if (!stream_.resets()) return true;
   contexts_.list_taken(touched_contexts_);
   successors_.list_taken(touched_successors_);

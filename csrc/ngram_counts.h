@@ -80,8 +80,9 @@ class NgramCounts {
   CountsStats stats() const;
   const CountsConfig& config() const { return config_; }
   void save(ByteWriter& out) const;
-  bool load(ByteReader& in);  // into empty counts of the same config; false where the bytes cannot be counts
-  void clear();
+  // Into new counts of the same config. False where the bytes are none that observe() could have left, as far as that
+  // takes to stay in bounds and to sum to one: every count adds up, every entry is found where it lies.
+  bool load(ByteReader& in);
 
  private:
   struct Ahead {  // a position whose contexts are being fetched
@@ -107,12 +108,16 @@ class NgramCounts {
   bool keep(Context* node, uint32_t owner, uint16_t token);
   int agreement(uint32_t position, const uint16_t* x, int length, int reach) const;
   void forget();
+  bool can_be(const Context& context) const;
+  bool stands_for_its_tokens(const Context& context);
+  bool successors_add_up();
 
   uint32_t id(const Context* context) const {
     return context >= direct_.data() && context < direct_.data() + direct_.size()
                ? static_cast<uint32_t>(context - direct_.data()) + 1
                : static_cast<uint32_t>(direct_.size()) + contexts_.index(context) + 1;
   }
+  Context* node_of(uint32_t id);  // null where there is none
 
   CountsConfig config_;
   ZeroedArray<Context> direct_;  // of one token, by that token

@@ -97,9 +97,11 @@ class Mixer {
   bool load(ByteReader& in) {
     in.get(trust_);
     in.get(weights_);
-    const auto between = [](double value) { return value > 0 && value < 1; };
-    const auto right = [=](const Weight& weight) { return between(weight.value) && weight.seen >= 0; };
-    return in.good() && between(trust_) && std::all_of(weights_.begin(), weights_.end(), right);
+    const auto within = [](double value, double least) { return value >= least && value <= 1 - least; };
+    const auto right = [=](const Weight& weight) {
+      return within(weight.value, least_weight) && weight.seen >= 0 && weight.seen < most_seen;
+    };
+    return in.good() && within(trust_, least_trust) && std::all_of(weights_.begin(), weights_.end(), right);
   }
 
  private:
@@ -107,6 +109,7 @@ class Mixer {
   // Of 0.2, 0.3 and 0.5; 2, 4 and 8; 0.002 to 0.015: best on documentation and on books, none far from the others.
   static constexpr double first_weight = 0.3, patience = 4, slowest = 0.01, settled = 1 / slowest - patience;
   static constexpr double least_weight = 1e-6, least_trust = 1e-5;
+  static constexpr double most_seen = 0x1p62;  // tokens; in a snapshot
 
   // n in 12 classes (1, 2, 3, then two a power of two) and t in 8: exactly one, or by its share of n.
   static int bucket_of(int length, const Evidence& seen) {

@@ -70,17 +70,25 @@ class TokenStream {
     in.get(recent_.data(), recent_.size());
     in.get(history_.data(), kept());
     const auto known = [=](uint16_t token) { return token < vocab_size; };
-    return in.good() && reach_ >= 0 && reach_ <= longest_ && static_cast<uint64_t>(reach_) <= position_ &&
-           std::all_of(recent_.begin(), recent_.end(), known);
-  }
-
-  void clear() {
-    position_ = 0;
-    reach_ = 0;
+    return in.good() && position_ <= most_positions && std::all_of(recent_.begin(), recent_.end(), known) &&
+           std::all_of(history_.data(), history_.data() + kept(), known) && agrees();
   }
 
  private:
   static constexpr int64_t block_tokens = 1 << 14;
+  static constexpr uint64_t most_positions = uint64_t{1} << 62;  // of a snapshot: they are never counted out
+
+  // Whether the last tokens are those on record, and as many as the next token's contexts can have.
+  bool agrees() const {
+    const uint64_t known = std::min<uint64_t>(position_, longest_);
+    int reach = static_cast<int>(known);
+    for (uint64_t back = known; back > 0; --back) {
+      const uint16_t token = recent_[longest_ - back];
+      if (position_ - back < history_.size() && history_[position_ - back] != token) return false;
+      if (token == boundary_) reach = static_cast<int>(back);
+    }
+    return reach_ == reach;
+  }
 
   void append(const uint16_t* tokens, int64_t count) {
     recent_.insert(recent_.end(), tokens, tokens + count);

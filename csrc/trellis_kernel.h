@@ -77,11 +77,11 @@ template <int S>
 PGOLF_TARGET inline Floats advance(Bundle<S>& bundle, const Quantisers& q, Floats x, float inverse, const float* rate,
                                    int limit, int64_t column, Ints& parent) {
   constexpr float to_whole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to nearest, half to even
-  const Floats zero = x - x, infinite = zero + INFINITY;
+  const Floats zero = {}, infinite = zero + INFINITY;
   const Ints negative = x < zero;
   const Floats y = negative ? -x : x;
   Floats m = (y + q.offset) * 0.5f;
-  m = m < static_cast<float>(limit) ? m : zero + static_cast<float>(limit);
+  m = m < static_cast<float>(limit) ? m : zero + static_cast<float>(limit);  // NaN becomes the limit too
   m = (m + to_whole) - to_whole;
   const Ints middle = __builtin_convertvector(m, Ints);
   const Floats two = zero + 2.0f;
@@ -152,7 +152,7 @@ PGOLF_TARGET void settle(Bundle<S>& bundle, const Quantisers& q, int64_t end, fl
     }
     if (!left) break;
     const Floats e = pick(load(bundle.error + p * PGOLF_LANES), lane);
-    store(bundle.path + p * PGOLF_LANES, apart ? e : e - e);
+    store(bundle.path + p * PGOLF_LANES, apart ? e : Floats{});
     lane = pick(load(bundle.step + p * PGOLF_LANES), lane) & (PGOLF_LANES - 1);
   }
   bundle.open = bundle.decided[0];

@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <new>
 
-#ifdef __linux__
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // the sanitizer watches the ends of what malloc gave
+#define PGOLF_MAPS_MEMORY 1
 #include <sys/mman.h>
 #else
+#define PGOLF_MAPS_MEMORY 0
 #include <cstdlib>
 #include <cstring>
 #endif
@@ -19,7 +21,7 @@ template <class Value>
 class ZeroedArray {
  public:
   explicit ZeroedArray(size_t count) : count_(count), bytes_(count * sizeof(Value) + !count) {
-#ifdef __linux__
+#if PGOLF_MAPS_MEMORY
     void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     madvise(memory, bytes_, MADV_HUGEPAGE);  // a look-up that misses the cache then seldom misses the TLB as well
@@ -32,7 +34,7 @@ class ZeroedArray {
     values_ = static_cast<Value*>(memory);
   }
   ~ZeroedArray() {
-#ifdef __linux__
+#if PGOLF_MAPS_MEMORY
     munmap(values_, bytes_);
 #else
     std::free(values_);
@@ -40,14 +42,6 @@ class ZeroedArray {
   }
   ZeroedArray(const ZeroedArray&) = delete;
   ZeroedArray& operator=(const ZeroedArray&) = delete;
-
-  void clear() {
-#ifdef __linux__
-    madvise(values_, bytes_, MADV_DONTNEED);  // private anonymous pages read as zeros again
-#else
-    std::memset(values_, 0, bytes_);
-#endif
-  }
 
   Value* data() { return values_; }
   const Value* data() const { return values_; }

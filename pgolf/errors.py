@@ -19,6 +19,10 @@ class DataError(PgolfError, ValueError):
     """A shard, tokenizer or text file that cannot be used; the message names the file and the offset."""
 
 
+class ScoreError(PgolfError, ArithmeticError):
+    """A model that has no score: the sum of its losses is not a number, or infinite."""
+
+
 class ArtifactError(PgolfError, ValueError):
     """A `.pgolf` file that is damaged, hostile, or of a version this build does not read."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf.distributed import Ranks
+from pgolf.errors import DataError, ScoreError
 from pgolf.model import Model
 from pgolf.ops import checks
 from pgolf.progress import progress
@@ -28,6 +29,7 @@ class Score:
         tokens: targets scored.
         bytes: of text that they stand for.
     Raises:
+        ScoreError: nats that are infinite or not a number.
         ZeroDivisionError: `loss` and `bpb` where nothing was scored.
     Example:
         >>> import math
@@ -42,6 +44,10 @@ class Score:
     nats: float
     tokens: int
     bytes: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.nats):
+            raise ScoreError(f"the loss over {self.tokens} tokens is {self.nats}: the model computes no finite numbers")
 
     @property
     def loss(self) -> float:
@@ -85,7 +91,8 @@ def evaluate(
         A `Score`: nats, tokens and bytes; `bpb` is the challenge's number.
     Raises:
         TypeError: a wrong type.
-        ValueError: a shape or number that does not fit; on the CPU a token outside the model's vocabulary.
+        ValueError: a shape or number that does not fit; a token outside the model's vocabulary.
+        ScoreError: losses that are not finite; on all ranks.
     Example:
         >>> import torch
         >>> from pgolf.distributed import Ranks
@@ -136,6 +143,9 @@ def target_losses(
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """This rank's batches: the first target's number (0 for tokens[1]), nats of it and those that follow (n,), and of
     `others`, on the model's device. Together the ranks give every target once."""
+    most = int(tokens.max())
+    if most >= model.config.vocab_size:  # a GPU would end the process
+        raise DataError(f"the text to score has token {most}, the model knows {model.config.vocab_size}")
     device = next(model.parameters()).device
     batches = ScoringBatches(tokens, seq_len, batch_tokens, stride, bos_id, ranks.rank, ranks.world_size)
     for batch, scored, first in progress(batches, "scoring", len(batches), unit="batch"):

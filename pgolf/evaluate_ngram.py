@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pgolf.distributed import Ranks
+from pgolf.errors import ScoreError
 from pgolf.evaluate import Score, target_losses
 from pgolf.model import Model
 from pgolf.ngram_cache import LOWEST_LOGPROB, NgramCache, tilt
@@ -89,6 +90,8 @@ def gathered(mine: Iterator[tuple[int, Tensor]], most: int, ranks: Ranks) -> Ite
             received.copy_(sent)
         else:
             ranks.begin_all_gather(received, sent).wait()
+        if not received.isfinite().all():  # seen by all ranks alike, so none waits for another
+            raise ScoreError("a token's loss is not finite: the model computes no finite numbers")
         rows = received.view(ranks.world_size, -1)
         counts = rows[:, 1].long().tolist()
         if not any(counts):

@@ -62,8 +62,10 @@ def _factors(error: Tensor, hessian: Tensor, settings: Settings) -> list[tuple[T
     return [(each.values, each.scale) for each in (rounded, fitted)]
 
 
-def is_factor(name: str) -> bool:
-    return _FACTOR.fullmatch(name) is not None
+def corrected_by(name: str) -> str | None:
+    """The bank that a factor of this name corrects; None where it is no factor."""
+    match = _FACTOR.fullmatch(name)
+    return match[1] if match else None
 
 
 def add_corrections(weights: dict[str, Tensor], factors: dict[str, StoredTensor]) -> None:

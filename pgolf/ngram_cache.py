@@ -116,7 +116,7 @@ class NgramCache:
 
         Args:
             tokens: (count,) integers, numpy, torch or a list.
-            base_logprob: (count,) floats, the model's natural log-probability of each token, -700 to 0.
+            base_logprob: (count,) floats of any width, the model's natural log-probability of each token, -700 to 0.
             hint_logprob: (count,) floats, the model's of what `hints` would give, for "tilt" alone; looked at
                 where its gate is open.
         Returns:
@@ -234,12 +234,15 @@ class NgramCache:
         return data
 
     def restore(self, snapshot: bytes) -> None:
-        """Back to the state of a snapshot that a cache of the same settings made.
+        """Back to the state of a snapshot that a cache of the same settings made. Meanwhile both states are in memory.
+
+        Anybody may have made the bytes: what is taken can be learned from and makes distributions that sum to one.
 
         Args:
             snapshot: bytes, of `snapshot`.
         Raises:
-            ValueError: a snapshot that is damaged or of a cache with other settings.
+            ValueError: a snapshot that is damaged, of a cache with other settings, or of a state that no cache could
+                be in; nothing has changed.
         Example:
             >>> from pgolf import NgramCache
             >>> one, other = (NgramCache(vocab_size=16, memory_bytes=1 << 22) for _ in range(2))
@@ -273,7 +276,7 @@ class NgramCache:
         return hints, gates
 
     def _tokens(self, tokens: ArrayLike) -> Array:
-        array = tokens.detach().cpu().numpy() if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
+        array = _array(tokens)
         if array.size == 0 and array.ndim == 1:
             return np.empty(0, np.uint16)
         if array.dtype.kind not in "iu":
@@ -300,8 +303,15 @@ def _need(right: bool, name: str, value: object, accepted: str) -> None:
         raise ValueError(f"{name}: {value}; accepted is {accepted}")
 
 
+def _array(values: ArrayLike) -> Array:
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.double() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
+
+
 def _floats(values: ArrayLike, name: str, count: int) -> Array:
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    array = _array(values)
     if array.size and array.dtype.kind not in "fiu":
         raise TypeError(f"{name}: {array.dtype}; floats are accepted")
     if array.shape != (count,):

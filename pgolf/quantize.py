@@ -5,6 +5,7 @@ parameters: float16. LQER_RANK adds low-rank corrections. Hessians come from tra
 inside the training budget.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 
@@ -84,23 +85,40 @@ def quantize(
 
 
 def load_weights(model: Model, tensors: Iterable[StoredTensor]) -> None:
-    """Put stored tensors, corrections added, into `model`; names and shapes must be the model's."""
-    given = {tensor.name: tensor for tensor in tensors}
-    factors = {name: tensor for name, tensor in given.items() if low_rank.is_factor(name)}
-    plain = {name: tensor for name, tensor in given.items() if name not in factors}
-    expected = model.config.shapes()
-    found = {name: tensor.shape for name, tensor in plain.items()}
-    if found != expected:
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise ArtifactError(f"artifact: {wrong[0]} is {found.get(wrong[0])}, the model needs {expected.get(wrong[0])}")
-    weights = {name: tensor.dequantize(torch.float32) for name, tensor in plain.items()}
-    try:
-        low_rank.add_corrections(weights, factors)
-    except ValueError as error:
-        raise ArtifactError(f"artifact: {error}") from None
+    """Put stored tensors, corrections added, into `model`; names and shapes must be the model's, weights finite."""
+    plain, factors = _of_model(model.config, tensors)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            weight = {name: plain[name].dequantize(torch.float32)}
+            try:
+                low_rank.add_corrections(weight, factors.get(name, {}))
+            except ValueError as error:
+                raise ArtifactError(f"artifact: {error}") from None
+            if not all(math.isfinite(end) for end in torch.aminmax(weight[name])):  # NaN wins in both
+                raise ArtifactError(f"artifact: the weights of {name} are not finite")
+            parameter.copy_(weight[name])
+
+
+def _of_model(
+    config: ModelConfig, tensors: Iterable[StoredTensor]
+) -> tuple[dict[str, StoredTensor], dict[str, dict[str, StoredTensor]]]:
+    """A model's tensors, and those that correct each; an ArtifactError where they are not what it needs.
+
+    Looks at names and shapes only, so that a model that is not there costs nothing, however large it is said to be.
+    """
+    plain: dict[str, StoredTensor] = {}
+    factors: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in tensors:
+        corrects = low_rank.corrected_by(tensor.name)
+        (plain if corrects is None else factors.setdefault(corrects, {}))[tensor.name] = tensor
+    expected, found = config.shapes(), {name: tensor.shape for name, tensor in plain.items()}
+    if found != expected:
+        wrong = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise ArtifactError(f"artifact: {wrong} is {found.get(wrong)}, the model needs {expected.get(wrong)}")
+    for name, its_factors in factors.items():
+        if name not in plain:
+            raise ArtifactError(f"artifact: {min(its_factors)}: corrects no matrix of this model")
+    return plain, factors
 
 
 def quantize_to_size(
@@ -176,6 +194,7 @@ def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.de
         config = ModelConfig.of(validate(described))  # the same rules as for a user's settings
     except UserError as error:
         raise ArtifactError(f"artifact: its model cannot be: {error}") from None
+    _of_model(config, artifact.tensors.values())  # before anything is allocated for it
     model = Model(config, dtype)
     model.attention = attention
     model.looping = config.num_loops > 0 and artifact.metadata.get("looping", True) is True

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from native_drivers import build, build_sanitized, needs_compiler
 
 import pgolf
 from pgolf import coder
@@ -25,7 +25,6 @@ from pgolf.errors import ArtifactError
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT.parent / "shared" / "data" / "weights"
 ROLES = ("attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
-SOURCES = ("coder", "float_coder", "int_layout", "logistic", "match_rows", "mix_coder", "static_coder")
 MACHINES = {
     4: [(0, 2), (2, 0), (1, 3), (3, 1)],
     8: [(0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)],
@@ -34,7 +33,6 @@ MEMORY_BYTES = 100_000_000
 LIMIT_BYTES = 1 << 22
 
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs shared/data/weights beside the repository")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def gaussian(deviation, *shape, seed=0):
@@ -256,22 +254,11 @@ def test_near_copies_are_found():
     )
 
 
-def build(folder, name, *flags):
-    program = folder / name
-    sources = [str(ROOT / "csrc" / f"{source}.cpp") for source in SOURCES]
-    driver = str(Path(__file__).with_name("coder_driver.cpp"))
-    command = ["g++", "-std=c++17", "-pthread", "-I", str(ROOT / "csrc"), *flags, driver, *sources, "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "sanitize" in " ".join(flags):
-        pytest.skip(f"g++ {' '.join(flags)}: {done.stderr.strip()[-200:]}")
-    assert done.returncode == 0, done.stderr
-    return program
-
-
 @needs_compiler
 @pytest.mark.parametrize("flags", [("-O0",), ("-O3", "-DPGOLF_PORTABLE")], ids=" ".join)
 def test_other_builds_make_the_same_bytes(tmp_path, flags):
-    program = build(tmp_path, "driver", *flags)
+    program = tmp_path / "driver"
+    assert not build(program, "coder_driver", *flags)
     values, indices = gaussian(2.4, 2, 60, 100), trellis_indices(8, 40, 50)
     numbers = np.random.default_rng(0).standard_normal((20, 30)).astype(np.float32)
     cases = [
@@ -307,7 +294,8 @@ def sample_blobs():
 
 @needs_compiler
 def test_damaged_blobs_under_the_sanitizers(tmp_path):
-    program = build(tmp_path, "driver", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    program = tmp_path / "driver"
+    build_sanitized(program, "coder_driver", "-O1")
     paths = []
     for name, blob in sample_blobs().items():
         paths.append(tmp_path / name)

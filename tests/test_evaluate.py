@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pgolf.distributed import Ranks
-from pgolf.evaluate import evaluate, target_losses
+from pgolf.errors import DataError, ScoreError
+from pgolf.evaluate import Score, evaluate, target_losses
 from pgolf.model import Model, ModelConfig
 from pgolf.settings import load_settings
 
@@ -52,6 +53,25 @@ def test_sums_equal_a_plain_loop(model, count, stride):
     assert math.isclose(score.nats, nats, rel_tol=1e-5)
     assert math.isclose(score.bpb, nats / math.log(2) / score.bytes, rel_tol=1e-5)
     assert math.isclose(score.loss, nats / (count - 1), rel_tol=1e-5)
+
+
+def test_a_token_that_the_model_does_not_know_is_named(model):
+    tokens, token_bytes = make_tokens(50)
+    tokens[7] = 50
+    with pytest.raises(DataError, match="has token 50, the model knows 50"):
+        evaluate(model, tokens, token_bytes, 16, 64, ALONE)
+
+
+def test_a_model_that_computes_no_numbers_has_no_score(model):
+    tokens, token_bytes = make_tokens(50)
+    broken = Model(model.config).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        broken.embedding.fill_(3e38)
+        broken.attn_scale.fill_(torch.nan)
+    with pytest.raises(ScoreError, match="the loss over 49 tokens is nan"):
+        evaluate(broken, tokens, token_bytes, 16, 64, ALONE)
+    with pytest.raises(ScoreError, match="is inf"):
+        Score(nats=math.inf, tokens=3, bytes=3)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pgolf.distributed import Ranks
+from pgolf.errors import ScoreError
 from pgolf.evaluate import evaluate, target_losses
 from pgolf.evaluate_ngram import evaluate_ngram, gathered
 from pgolf.model import Model, ModelConfig
@@ -48,6 +49,15 @@ def scores(ranks: Ranks) -> list:
     split = data.val_tokens, data.val_token_bytes
     alone = [evaluate(model, *split, 16, 48, ranks, stride=stride, bos_id=bos_id) for stride, bos_id in WINDOWS]
     return alone + [score for mode in MODES for score in evaluate_ngram(model, *split, setting(mode), ranks)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_computes_no_numbers_has_no_score(mode):
+    model, data = model_and_data()
+    with torch.no_grad():
+        model.attn_scale.fill_(torch.nan)
+    with pytest.raises(ScoreError, match="the model computes no finite numbers"):
+        evaluate_ngram(model, data.val_tokens, data.val_token_bytes, setting(mode), ALONE)
 
 
 def work(rank: int, folder: Path) -> None:

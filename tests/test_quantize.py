@@ -3,6 +3,7 @@
 import bisect
 import math
 import random
+import tracemalloc
 from dataclasses import replace
 from typing import get_args
 
@@ -157,6 +158,49 @@ def test_factors_that_do_not_fit(tiny):
     ):
         with pytest.raises(ArtifactError, match=message):
             load_weights(other, [*good, *bad])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 1700},
+        {"num_layers": 10**6},
+        {"num_layers": 10**9, "xsa_last_n": 0},
+        {"model_dim": 2**16},
+        {"model_dim": 2**40},
+        {"num_heads": 1, "num_kv_heads": 1, "model_dim": 2**62},
+        {"bigram_vocab_size": 2**31},
+        {"bigram_vocab_size": 2, "bigram_dim": 2**60},
+        {"ve_layers": "0", "ve_dim": 2**30},
+        {"mlp_mult": 1e15},
+        {"vocab_size": 2**31},
+    ],
+    ids=str,
+)
+def test_a_described_model_is_compared_with_the_file_before_it_is_built(tiny, tmp_path, monkeypatch, changes):
+    model, hessians, _, settings = tiny
+    path = tmp_path / "model.pgolf"
+    stored = quantize(model, hessians, settings.model_copy(update={"quantizer": "rtn"}))
+    write_artifact(path, stored, {"model": {**model.config.as_dict(), **changes}}, mode="static")
+    artifact = read_artifact(path)
+    monkeypatch.setattr("pgolf.quantize.Model", None)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError) as caught:
+            model_from_artifact(artifact, torch.float32, torch.device("cpu"))
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny):
+    model, hessians, _, settings = tiny
+    stored = quantize(model, hessians, settings.model_copy(update={"quantizer": "rtn"}))
+    huge = torch.full((1, 64), 3e38)
+    factors = [StoredTensor(f"qo_bank.1.{side}", "attention", (1, 64), huge, None, 32) for side in ("left", "right")]
+    with pytest.raises(ArtifactError, match="the weights of qo_bank are not finite"):
+        load_weights(Model(model.config), [*stored, *factors])
 
 
 def test_bits_and_steps_by_role(tiny):

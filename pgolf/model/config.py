@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pgolf.model.recurrence import Visit, layer_sequence, visits
+from pgolf.model.recurrence import Visit, visits
 from pgolf.settings import Settings
 
 ROLES = {
@@ -95,7 +95,8 @@ class ModelConfig:
         """Outputs of the first half that return in the second, with all loops run."""
         if not self.unet_skips:
             return 0
-        return len(layer_sequence(self.num_layers, self.num_loops, self.loop_start, self.loop_end)) // 2
+        loops = self.num_loops * (self.loop_end - self.loop_start + 1)
+        return (self.num_layers + loops) // 2  # a sum, for a file may say that there are billions
 
     @property
     def gates(self) -> int:

@@ -27,6 +27,7 @@ from pgolf.ops import backends, checks
 DAMPING_FLOOR = 1e-4
 DAMPING_LIMIT = 1.0
 SMALLEST_SCALE = 2.0**-24
+ORDINARY_HALF = 20  # Hessians whose largest number lies in 2^-40..2^40 are worked on as they are
 LOPSIDED = 1e-3  # accepted difference of H and Hᵀ, relative to the largest value of H
 MOST_BLOCK_COLUMNS = 128  # of the CUDA kernel
 FLAWS = {1: "holds NaN or infinity", 2: "has a negative number on its diagonal", 4: "is not symmetric"}  # of a Hessian
@@ -58,6 +59,7 @@ def gptq(
     - H not positive definite after damping: the damping of that matrix is multiplied by 10 (from at least 1e-4) until
       it factors, at most to 1.0.
     - A row without variance takes s = max|W_r| / qmax. A scale below 2^-24, the smallest float16, becomes 2^-24.
+    - H of any size will do: far from 1 it is scaled by a power of four, which changes no bit of the result.
 
     Args:
         weight: (M, N) or (B, M, N), floating.
@@ -111,8 +113,9 @@ def gptq_reference(
     bank = weight.to(dtype).reshape(-1, *weight.shape[-2:])  # (B, M, N)
     limit = 2 ** (bits - 1) - 1
     scale = row_scale(bank, clip_sigmas, limit)  # (B, M) float16
-    h = hessian.to(dtype).expand(len(bank), *hessian.shape[-2:])
+    h = hessian.to(dtype).reshape(-1, *hessian.shape[-2:])
     refuse_flaws(flaws_of(h))
+    h = of_ordinary_size(h).expand(len(bank), *hessian.shape[-2:])
     order = _order(h, act_order)
     factor = _factor(h, order, damping)
     work = _factored_order(bank, order)
@@ -152,6 +155,7 @@ def _gptq_on_cpu(
         rows *= len(bank)
     shape = (len(h), columns)
     refuse_flaws(native.check_hessians(h.data_ptr(), *shape, LOPSIDED, threads))
+    h = of_ordinary_size(h)
     order = _order(h, act_order)
     factors = h.new_empty(len(h), native.factor_size(columns))
 
@@ -177,6 +181,7 @@ def _gptq_on_cuda(
     h = hessian.float().reshape(-1, *hessian.shape[-2:])
     grouped = bank.reshape(len(h), -1, bank.shape[-1])  # one Hessian for all: one matrix with the rows of all
     refuse_flaws(flaws_of(h))
+    h = of_ordinary_size(h)
     order = _order(h, act_order)
     factor = _factor(h, order, damping).contiguous()
     work = _factored_order(grouped, order)
@@ -330,6 +335,17 @@ def flaws_of(hessian: Tensor) -> list[int]:
         4: (hessian - hessian.mT).abs().amax(dim=(-2, -1)) > LOPSIDED * largest,
     }
     return sum(flaw * bad.int() for flaw, bad in wrong.items()).tolist()  # type: ignore[union-attr]
+
+
+def of_ordinary_size(hessian: Tensor) -> Tensor:
+    """Matrices (B, N, N) of huge or tiny numbers by a power of four each, so that no sum or product leaves the dtype's
+    range. What is made of them is the same to the bit: it needs products, quotients and square roots only."""
+    largest = hessian.diagonal(dim1=-2, dim2=-1).amax(dim=-1).tolist()
+    halves = [math.frexp(each)[1] // 2 for each in largest]  # of the exponents
+    if all(abs(half) <= ORDINARY_HALF for half in halves):
+        return hessian
+    factors = hessian.new_tensor([math.ldexp(1.0, -half) for half in halves]).reshape(-1, 1, 1)
+    return hessian * factors * factors  # one after the other: the square of one may be beyond the range
 
 
 def refuse_flaws(flaws: list[int]) -> None:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import backends, checks
-from pgolf.ops.gptq import LOPSIDED, SMALLEST_SCALE, flaws_of, products_in_full, refuse, refuse_flaws, work_dtype
+from pgolf.ops.gptq import (
+    LOPSIDED,
+    SMALLEST_SCALE,
+    flaws_of,
+    of_ordinary_size,
+    products_in_full,
+    refuse,
+    refuse_flaws,
+    work_dtype,
+)
 
 LEAST_STEP = 0.501  # the native code has its own copy
 LARGEST_SCALE = 65504.0
@@ -77,8 +86,9 @@ def gptq_refine_reference(
         return values.clone(), scale.clone()
     dtype, limit = work_dtype(weight, hessian), 2 ** (bits - 1) - 1
     bank = weight.to(dtype).reshape(-1, *weight.shape[-2:])  # (B, M, N)
-    h = hessian.to(dtype).expand(len(bank), *hessian.shape[-2:])
+    h = hessian.to(dtype).reshape(-1, *hessian.shape[-2:])
     _check_numbers(bank, flaws_of(h), values, scale, limit)
+    h = of_ordinary_size(h).expand(len(bank), *hessian.shape[-2:])
     q, s = values.reshape(bank.shape).to(dtype), scale.reshape(bank.shape[:-1]).to(dtype)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)  # (B, N)
@@ -127,6 +137,7 @@ def _refine_on_cpu(
     rows, columns = bank.shape[1:]
     h = hessian.float().reshape(-1, columns, columns).contiguous()
     _check_numbers(bank, native.check_hessians(h.data_ptr(), len(h), columns, LOPSIDED, threads), values, scale, limit)
+    h = of_ordinary_size(h)
     if len(h) < len(bank):  # one Hessian for all: one matrix with the rows of all
         rows *= len(bank)
     refined = values.clone(memory_format=torch.contiguous_format)

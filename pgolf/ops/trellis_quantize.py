@@ -29,7 +29,16 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import backends
-from pgolf.ops.gptq import _check, flaws_of, refuse_flaws, row_scale, with_enough_damping, work_dtype
+from pgolf.ops.gptq import (
+    _check,
+    flaws_of,
+    of_ordinary_size,
+    refuse,
+    refuse_flaws,
+    row_scale,
+    with_enough_damping,
+    work_dtype,
+)
 from pgolf.ops.trellis_dequantize import NEXT, QUANTISER, check_states, quantisers_of, trellis_dequantize
 
 CLASSES = 4  # of columns, in the order of the machine
@@ -162,12 +171,16 @@ def _quantize(
         return Trellis(empty, weight.new_zeros(weight.shape[:-1], dtype=torch.float16), order, states)
     bank = weight.to(dtype).reshape(-1, *weight.shape[-2:])  # (B, M, N)
     count, _, columns = bank.shape
-    h = hessian.to(dtype).expand(count, columns, columns)
+    h = hessian.to(dtype).reshape(-1, columns, columns)
     limit = 2 ** (bits - 1) - 1
     scale = row_scale(bank, clip_sigmas, limit)  # (B, M) float16
     refuse_flaws(flaws_of(h))
+    h = of_ordinary_size(h).expand(count, columns, columns)
     step = scale.to(dtype)
-    rate = _rates(bank / step.unsqueeze(-1), limit)
+    targets = bank / step.unsqueeze(-1)
+    searched = torch.float32 if native else dtype
+    _refuse_infinite(targets.to(searched), "weight", "divided by its steps")
+    rate = _rates(targets, limit)
 
     ranks = h.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     classes = ranks * CLASSES // columns  # (B, N)
@@ -175,15 +188,22 @@ def _quantize(
     rows_taken, columns_taken = taken.unsqueeze(2).expand_as(h), taken.unsqueeze(1).expand_as(h)
     factor = _inverse_factor(h.gather(1, rows_taken).gather(2, columns_taken), damping)
     factor = factor * factor.diagonal(dim1=-2, dim2=-1).pow(-2).mean(dim=-1).sqrt().reshape(-1, 1, 1)
+    _refuse_infinite(factor.to(searched), "hessian", "inverted, for want of damping,")
     lagrangian = rate_weight * 2 * math.log(2) * 0.8 / 3 * step.square().mean(dim=-1, keepdim=True) / step.square()
+    if not lagrangian.to(searched).isfinite().all():
+        raise ValueError(f"rate_weight: {rate_weight} is too large for {str(searched).removeprefix('torch.')}")
 
     indices = torch.empty(bank.shape, dtype=torch.int8, device=bank.device)
     for i in range(count):
-        target = bank[i][:, taken[i]] / step[i].unsqueeze(-1)
         search = _search_native if native else _search
-        indices[i][:, taken[i]] = search(target, factor[i], rate, lagrangian[i], states, limit)
+        indices[i][:, taken[i]] = search(targets[i][:, taken[i]], factor[i], rate, lagrangian[i], states, limit)
     indices, order = indices.reshape(weight.shape), classes.to(torch.int8).reshape(order.shape)
     return Trellis(indices, scale.reshape(weight.shape[:-1]), order, states)
+
+
+def _refuse_infinite(tensor: Tensor, name: str, how: str) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    refuse(~tensor.isfinite().flatten(1).all(dim=1), name, f"{how} is more than {dtype} holds")
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -230,7 +250,7 @@ def _search(target: Tensor, factor: Tensor, rate: Tensor, weight: Tensor, states
     for j in range(columns):
         x = residual[:, :, j]
         sign = torch.where(x < 0, -1, 1)
-        nearest = ((x.abs() + quantiser) * 0.5).clamp_max(limit).round().long()
+        nearest = ((x.abs() + quantiser) * 0.5).nan_to_num(limit).clamp_max(limit).round().long()
         tried = []
         for size in (nearest - 1, nearest, nearest + 1):
             value = 2 * size - quantiser * size.sign()

@@ -170,6 +170,20 @@ def test_a_hessian_that_no_damping_mends():
         ops.gptq(torch.randn(4, 3, 6), torch.stack([good, good, bad, good]), 6)
 
 
+@pytest.mark.parametrize("quantize", [ops.gptq, definition.gptq_reference])
+def test_a_hessian_of_any_size_serves(quantize):
+    weight, hessian = torch.randn(3, 9, 20), torch.stack([random_hessian(20, torch.float32) for _ in range(3)])
+    wanted, scale = quantize(weight, hessian, 6)
+    sizes = torch.tensor([2.0**70, 2.0**-70, 1.0]).reshape(3, 1, 1)
+    found, its_scale = quantize(weight, hessian * sizes, 6)
+    assert torch.equal(found, wanted)
+    assert torch.equal(its_scale, scale)
+    largest, _ = quantize(weight, hessian / hessian.abs().amax(dim=(1, 2), keepdim=True) * 3e38, 6)
+    assert (largest != wanted).float().mean() < 0.05  # by another rounding of the Hessian
+    nearly_nothing, _ = quantize(weight, hessian * 1e-41, 6)
+    assert nearly_nothing.int().abs().max() <= 31
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 4, 5), (2, 0, 5)])
 def test_empty_input(shape):
     hessian = torch.eye(shape[-1])

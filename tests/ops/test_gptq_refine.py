@@ -131,6 +131,22 @@ def test_a_bank_gives_what_its_matrices_give():
 
 
 @pytest.mark.usefixtures("backend")
+def test_a_hessian_of_any_size_serves():
+    weight, hessian = torch.randn(3, 9, 20), moments(3, 20)
+    values, scale = ops.gptq(weight, hessian, 4, clip_sigmas=3.0)
+    wanted, fitted = ops.gptq_refine(weight, hessian, values, scale, 4)
+    for size in (2.0**70, 2.0**-70):
+        found, its_scale = ops.gptq_refine(weight, hessian * size, values, scale, 4)
+        assert torch.equal(found, wanted)
+        assert torch.equal(its_scale, fitted)
+    largest = hessian / hessian.abs().amax(dim=(1, 2), keepdim=True) * 3e38
+    found, its_scale = ops.gptq_refine(weight, largest, values, scale, 4)
+    assert (loss(weight, found, its_scale, hessian) <= 1.001 * loss(weight, values, scale, hessian)).all()
+    found, _ = ops.gptq_refine(weight, hessian * 1e-41, values, scale, 4)
+    assert found.int().abs().max() <= 7
+
+
+@pytest.mark.usefixtures("backend")
 def test_edges():
     weight, hessian = torch.randn(9, 12), moments(1, 12)[0]
     hessian[[0, 5]] = 0

@@ -249,6 +249,39 @@ def test_edges():
         assert nothing.entropy_bits == 0
 
 
+@pytest.mark.parametrize("quantize", [ops.trellis_quantize, trellis_quantize_reference])
+@pytest.mark.parametrize("size", [1e36, 2.0**50, 2.0**-50, 1e-41])
+def test_a_hessian_of_any_size_serves(quantize, size):
+    weight, hessian = torch.randn(17, 40), random_hessian(40)
+    found = quantize(weight, hessian * (1e38 / hessian.max() if size == 1e36 else size))
+    if size == 1e-41:  # its numbers are whole multiples of 2^-149
+        assert found.indices.int().abs().max() <= 31
+    elif size == 1e36:
+        assert (found.dequantize() - weight).abs().mean() < 0.5
+    else:
+        wanted = quantize(weight, hessian)
+        assert torch.equal(found.indices, wanted.indices)
+        assert torch.equal(found.order, wanted.order)
+
+
+@native
+def test_the_search_stays_in_bounds_whatever_it_is_given(level):
+    """Infinity and NaN in any place, at every level and in the definition: indices all the same within the limit."""
+    for bad in (torch.inf, -torch.inf, torch.nan, 3e38):
+        for place in range(4):
+            target, factor = torch.randn(18, 40), torch.randn(40, 40).triu() / 8 + torch.eye(40)
+            given = (target, factor, torch.rand(2, 63), torch.rand(18))
+            spoilt = given[place].view(-1)
+            spoilt[torch.randint(len(spoilt), (3,))] = bad
+            found = []
+            for name in backends.native().levels():
+                level(name)
+                found.append(_search_native(*given, 8, 31))
+            if factor.isfinite().all():  # else zeros times infinity, which differ in number, turn to NaN
+                assert all(torch.equal(each, found[0]) for each in found), (bad, place)
+            assert max(int(each.int().abs().max()) for each in (*found, _search(*given, 8, 31))) <= 31
+
+
 W, H = torch.ones(3, 4), torch.eye(4)
 K = torch.zeros(3, 4, dtype=torch.int8)
 ORDER = torch.zeros(4, dtype=torch.int8)
@@ -266,6 +299,7 @@ ORDER = torch.zeros(4, dtype=torch.int8)
         ({"bits": 9}, ValueError, "bits: 9"),
         ({"weight": torch.full((3, 4), torch.nan)}, ValueError, "weight: matrix 0 holds NaN or infinity"),
         ({"hessian": torch.full((4, 4), torch.inf)}, ValueError, "hessian: matrix 0 holds NaN or infinity"),
+        ({"rate_weight": 1e300}, ValueError, "rate_weight: 1e.300 is too large for float32"),
         ({"hessian": torch.eye(3)}, ValueError, "hessian: shape"),
         ({"weight": W.int()}, TypeError, "weight: dtype"),
     ],
@@ -291,6 +325,16 @@ def test_wrong_arguments_are_named(keywords, error, message):
 def test_wrong_arguments_of_the_decoder_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.trellis_dequantize(*arguments)
+
+
+@native
+def test_what_float32_does_not_hold_is_named():
+    tiny = torch.eye(4, dtype=torch.float64)
+    tiny[1, 1] = 1e-200
+    with pytest.raises(ValueError, match="hessian: matrix 0 inverted, for want of damping, is more than float32 holds"):
+        ops.trellis_quantize(W, tiny, damping=0.0)
+    with pytest.raises(ValueError, match="weight: matrix 0 divided by its steps is more than float32 holds"):
+        ops.trellis_quantize(torch.randn(3, 4).double() * 1e60, H, clip_sigmas=1e-60)
 
 
 @native
