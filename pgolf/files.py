@@ -11,10 +11,35 @@ from typing import IO, Any
 from pgolf.errors import UserError
 
 
+class WriteError(UserError):
+    """A file that could not be written; what was under its name before is still there."""
+
+    def __init__(self, path: str | os.PathLike[str], error: OSError):
+        self.path, self.reason = Path(path), error.strerror or "input/output error"
+        super().__init__(f"{path}: cannot be written ({self.reason})")
+
+
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file that takes the name `path` when the block ends, and vanishes if the block raises."""
+def replacing(
+    path: str | os.PathLike[str], mode: str = "wb", old_becomes: str | os.PathLike[str] | None = None
+) -> Iterator[IO[Any]]:
+    """Open a temporary file that takes the name `path` when the block ends, and vanishes if the block raises.
+
+    The file that was there before is kept as `old_becomes`, where that is given. `WriteError` when the disk is full.
+    """
     path = Path(path)
+    try:
+        with _replacing(path, mode, old_becomes) as file:
+            yield file
+    except OSError as error:
+        other = error.filename
+        if isinstance(other, str) and not Path(other).absolute().is_relative_to(path.parent.absolute()):
+            raise  # of a file elsewhere that the block opened
+        raise WriteError(path, error) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, mode: str, old_becomes: str | os.PathLike[str] | None) -> Iterator[IO[Any]]:
     encoding = None if "b" in mode else "utf-8"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -25,6 +50,9 @@ def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; the result should be an ordinary one
+        if old_becomes is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, old_becomes)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

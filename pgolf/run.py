@@ -21,6 +21,7 @@ import torch
 
 import pgolf
 from pgolf import ops
+from pgolf.checkpoint import CHECKPOINT
 from pgolf.distributed import Ranks
 from pgolf.errors import PgolfError, UserError
 from pgolf.evaluate import Score
@@ -29,7 +30,6 @@ from pgolf.machine import cpu_name
 from pgolf.report import write_report
 from pgolf.settings import PRESETS, Settings, given_settings, load_settings, validate
 
-CHECKPOINT = "checkpoint.pt"
 # In the order of the documentation; unknown until measured, so that an interrupted run's summary has every field.
 SUMMARY_FIELDS = (  # noqa: SIM905
     "run_id preset seed device device_name world_size parameters steps tokens_seen train_seconds step_ms "

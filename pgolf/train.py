@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pgolf import cuda_graphs
+from pgolf import checkpoint, cuda_graphs
 from pgolf.averaging import make_average
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
@@ -19,7 +19,6 @@ from pgolf.data.tokenizer import ByteTable
 from pgolf.distributed import LostProcess, Ranks
 from pgolf.errors import UserError
 from pgolf.evaluate import Score
-from pgolf.files import replacing
 from pgolf.losses import TrainingLoss
 from pgolf.machine import allow_compilations, compilations
 from pgolf.model import Model
@@ -255,7 +254,7 @@ class Trainer:
         optimisers = self.optimisers.state_dict()
         if not self.ranks.first:
             return
-        state: dict[str, Any] = {
+        state = {
             "model": self.model.state_dict(),
             "optimisers": optimisers,
             "average": self.average.state_dict() if self.average else None,
@@ -264,20 +263,21 @@ class Trainer:
             "flops": self.flops,
             "used_seconds": self.used_seconds,
         }
-        with replacing(self.run.folder / CHECKPOINT) as file:
-            torch.save(state, file)
+        checkpoint.save(self.run.folder / CHECKPOINT, state)
 
     def load(self) -> None:
         """Go on from the run folder's checkpoint. Call after `warm_up`."""
-        path = self.run.folder / CHECKPOINT
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimisers.load_state_dict(state["optimisers"])
-            if self.average:
-                self.average.load_state_dict(state["average"])
-            self.loader.load_state_dict(state["loader"])
-            self.step, self.flops, self.used_seconds = state["step"], state["flops"], state["used_seconds"]
-        except Exception as error:  # whatever a damaged file makes torch raise
-            raise UserError(f"{path}: not a checkpoint of these settings ({str(error).splitlines()[0]})") from None
+        checkpoint.load_first(self.run.folder, self._restore, self.run.log)
         self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")
+
+    def _restore(self, state: checkpoint.State) -> None:
+        """Take over a state; `ValueError` where it is not one of this model, these optimisers and this data."""
+        checkpoint.check_tensors("model", state["model"], self.model.state_dict())
+        if (state["average"] is None) != (self.average is None):
+            raise ValueError("average: these settings have one, or that run had")
+        self.model.load_state_dict(state["model"])
+        self.optimisers.load_state_dict(state["optimisers"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.flops, self.used_seconds = state["step"], state["flops"], state["used_seconds"]
