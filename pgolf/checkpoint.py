@@ -66,23 +66,35 @@ def load(path: str | os.PathLike[str]) -> State:
     return state
 
 
-def load_first(folder: str | os.PathLike[str], use: Callable[[State], Any], tell: Callable[[str], Any]) -> Path:
+def load_first(
+    folder: str | os.PathLike[str],
+    use: Callable[[State], Any],
+    tell: Callable[[str], Any] = lambda line: None,
+    agreed: Callable[[bool], bool] = bool,
+) -> Path:
     """Call `use` with the state of the newest checkpoint in `folder` that can be read and that `use` accepts.
 
-    `tell` hears of each that is passed over. `CheckpointError` when none is left.
+    `tell` hears of each that is passed over. `agreed` is asked after each whether it was accepted: by all ranks, say.
+    `CheckpointError` when none is left.
     """
-    reasons = []
-    for path in candidates(folder):
-        if reasons:
+    reasons: list[str] = []
+    for path in (Path(folder, CHECKPOINT), Path(folder, PREVIOUS)):
+        if reasons and path.exists():
             tell(f"{reasons[-1]}; going back to {path.name}")
         try:
             use(load(path))
-            return path
         except CheckpointError as error:
-            reasons.append(str(error))
+            if path.exists() or not reasons:
+                reasons.append(str(error))
         except ValueError as error:  # of the receiver: a state of another model, optimiser or data
             reasons.append(f"{path}: not a checkpoint of these settings ({str(error).partition(chr(10))[0]})")
-    raise CheckpointError("; ".join(reasons) or f"{folder}: no {CHECKPOINT} there")
+        else:
+            if agreed(True):
+                return path
+            reasons.append(f"{path}: another process cannot use it")
+            continue
+        agreed(False)
+    raise CheckpointError("; ".join(reasons))
 
 
 def weights(path: str | os.PathLike[str]) -> list[tuple[str, Tensor]]:
@@ -92,7 +104,7 @@ def weights(path: str | os.PathLike[str]) -> list[tuple[str, Tensor]]:
     """
     found: list[State] = []
     if Path(path).is_dir():
-        load_first(path, found.append, lambda line: None)
+        load_first(path, found.append)
     else:
         found.append(load(path))
     (state,) = found
@@ -111,6 +123,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with each tensor changed, in the order of `tensors_in`."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: with_tensors(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_tensors(item, change) for item in value]
+    return value
 
 
 def _read(path: Path) -> Any:

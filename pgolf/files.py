@@ -1,4 +1,5 @@
-"""Files are written whole or not at all: write to a temporary name in the same folder, flush to disk, rename."""
+"""Files are written whole or not at all: write to a temporary name in the same folder, flush to disk, rename. Logs grow
+by whole lines."""
 
 import contextlib
 import json
@@ -9,6 +10,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from pgolf.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody is locked out
+    fcntl = None  # type: ignore[assignment]
 
 
 class WriteError(UserError):
@@ -77,3 +83,46 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}; name one that is writable") from None
     return path
+
+
+class Lines:
+    """A text file that grows by whole lines: of one that no longer fits on the disk nothing is left."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        try:
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise WriteError(path, error) from error
+
+    def add(self, line: str) -> None:
+        """`WriteError` when that is not possible."""
+        rest = memoryview((line + "\n").encode("utf-8", "replace"))
+        before = os.fstat(self.file.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(before)
+            raise WriteError(self.path, error) from error
+
+    def lock(self) -> bool:
+        """Whether this process is now the only one that holds the file's lock, which ends when the process does.
+
+        False too if the file has lost its name since it was opened.
+        """
+        if fcntl is None:
+            return True
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        return False
+
+    def close(self) -> None:
+        self.file.close()

@@ -12,6 +12,8 @@ import torch
 
 from pgolf import checkpoint, cuda_graphs
 from pgolf.averaging import make_average
+from pgolf.checkpoint import CHECKPOINT
+from pgolf.checkpoint_writer import CheckpointWriter
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
 from pgolf.data.prefetch import Loader
@@ -24,10 +26,10 @@ from pgolf.machine import allow_compilations, compilations
 from pgolf.model import Model
 from pgolf.optim import make_optimisers
 from pgolf.qat import FakeQuantize
-from pgolf.run import CHECKPOINT, Aborted, Interrupted, Run
+from pgolf.run import Aborted, Diverged, Interrupted, Run
 from pgolf.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
 from pgolf.settings import Settings
-from pgolf.train_log import TrainLog
+from pgolf.train_log import DIVERGED_STEPS, TrainLog
 from pgolf.utilisation import flops_per_token, performance
 
 LAG = 2  # steps that a GPU may still have before it when the clock is read
@@ -61,6 +63,7 @@ class Trainer:
             allow_compilations(GRAPHS)
             options: dict[str, Any] = {"triton.cudagraphs": True} if self.cuda_graphs else {}
             self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False, options=options)
+        self.writer = CheckpointWriter(run.folder, run.log, run.warn)
         self.step = 0
         self.flops = 0  # of all steps, on all ranks together
         self.used_seconds = 0.0  # of the wall-clock budget
@@ -136,6 +139,8 @@ class Trainer:
         run.note(recompilations=compilations() - graphs, **found)
         run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
         self.model.fake_quantize = None
+        if not self._finite():
+            raise self._diverged("its weights are not finite")
         if self.average:
             self.average.copy_to_parameters()
 
@@ -145,20 +150,36 @@ class Trainer:
         marks: deque[Any] = deque(maxlen=LAG + 1 if watch.cuda else 1)  # after each of the latest steps
         log = TrainLog(run, settings, watch)
         talk_at = self.step
+        saved_at, between = self.used_seconds, 60 * settings.checkpoint_minutes
         while True:
             if self.step == talk_at or (run.signal is not None and self.ranks.world_size == 1):
                 if marks:
                     clock.read(watch.seconds(marks[0]) + (len(marks) - 1) * clock.mean)
-                (elapsed, mean, slowest, steps), signalled = self.ranks.share(
-                    clock.elapsed, clock.mean, clock.slowest, clock.steps_ahead(limit), flag=run.signal is not None
+                (elapsed, mean, slowest, steps, lost), signalled = self.ranks.share(
+                    clock.elapsed,
+                    clock.mean,
+                    clock.slowest,
+                    clock.steps_ahead(limit),
+                    float(log.diverged),
+                    flag=run.signal is not None,
                 )
                 self.used_seconds, self.step_seconds, talked = elapsed, slowest, self.step
+                if lost:
+                    raise self._diverged(f"the loss has not been finite for {DIVERGED_STEPS} steps")
                 if signalled:
                     log.write_all()
                     self.save()
                     raise Interrupted
                 if not steps or self.step >= settings.iterations:
                     break
+                if between and elapsed - saved_at >= between and limit - elapsed > between / 2:
+                    saved_at = elapsed
+                    log.write_all()
+                    clock.read(watch.pause())
+                    self.used_seconds = clock.elapsed
+                    self.save(beside=True)
+                    marks.clear()
+                    watch.resume()
                 talk_at = min(self.step + int(steps), settings.iterations)
             # Between two talks all ranks go by the same guess of the time.
             used = used_fraction(settings, self.step, elapsed + (self.step - talked) * mean, limit)
@@ -177,9 +198,8 @@ class Trainer:
             )
             if self.average:
                 self.average.update(self.step, used)
-            marks.append(watch.mark())
+            marks.append(log.add(self.step, loss, scale))
             clock.tick(time.perf_counter() - begin)
-            log.add(self.step, loss, scale)
             if self.step == settings.abort_step or (
                 settings.val_loss_every and self.step % settings.val_loss_every == 0
             ):
@@ -249,8 +269,21 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def save(self) -> None:
-        """Write the checkpoint, from the first rank. All ranks must call it: each has a part of the momentum."""
+    def _diverged(self, what: str) -> Diverged:
+        self.writer.settle()
+        self.run.note(steps=self.step, train_seconds=self.used_seconds)
+        kept = [path.name for path in checkpoint.candidates(self.run.folder)]
+        return Diverged(f"step {self.step}: {what}; kept: {', '.join(kept) or 'no checkpoint, for none was due'}")
+
+    def _finite(self) -> bool:
+        """Whether weights and averages are, on all ranks; waits for the device."""
+        values = [*self.parameters, *(self.average.average if self.average else [])]
+        finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
+        return not self.ranks.any(not bool(finite))
+
+    def save(self, beside: bool = False) -> None:
+        """Write the checkpoint, from the first rank; with `beside`, while training goes on. All ranks must call it:
+        each has a part of the momentum."""
         optimisers = self.optimisers.state_dict()
         if not self.ranks.first:
             return
@@ -263,11 +296,15 @@ class Trainer:
             "flops": self.flops,
             "used_seconds": self.used_seconds,
         }
-        checkpoint.save(self.run.folder / CHECKPOINT, state)
+        (self.writer.begin if beside else self.writer.write)(state)
+        self.run.note(checkpoints=self.writer.count, checkpoint_seconds=round(self.writer.stopped_seconds, 3))
 
     def load(self) -> None:
         """Go on from the run folder's checkpoint. Call after `warm_up`."""
-        checkpoint.load_first(self.run.folder, self._restore, self.run.log)
+        path = checkpoint.load_first(
+            self.run.folder, self._restore, self.run.warn, agreed=lambda fine: not self.ranks.any(not fine)
+        )
+        self.writer.keep_old = path.name == CHECKPOINT
         self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")
 
     def _restore(self, state: checkpoint.State) -> None:

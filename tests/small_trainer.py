@@ -43,6 +43,9 @@ class SilentRun:
     def log(self, line, console=True):
         self.lines.append(line)
 
+    def warn(self, line):
+        self.lines.append(f"warning: {line}")
+
     def metric(self, kind, **values):
         pass
 

@@ -15,11 +15,10 @@ from pgolf.artifact import read_artifact, write_artifact
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
-from pgolf.errors import ArtifactError, DataError, UserError
+from pgolf.errors import ArtifactError, UserError
 from pgolf.evaluate import Score
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
 from pgolf.run import Aborted, Interrupted
-from pgolf.schedule import lr_scale, used_fraction
 from pgolf.utilisation import flops_per_token
 
 CPU = torch.device("cpu")
@@ -144,111 +143,6 @@ def test_a_budget_below_one_step_is_refused(trainer):
         t.train(no_score)
 
 
-def test_checkpoint_continues_exactly(trainer):
-    whole = trainer(ITERATIONS="6")
-    whole.train(no_score)
-    first = trainer(ITERATIONS="6")
-    for _ in range(3):
-        used = used_fraction(first.settings, first.step, 0.0, first.train_limit_seconds)
-        first.take_step(lr_scale(first.settings, used))
-        first.step += 1
-        first.average.update(first.step, used)
-    first.save()
-    second = trainer(ITERATIONS="6")
-    second.warm_up()
-    second.load()
-    assert second.step == 3
-    second.train(no_score)
-    torch.testing.assert_close(weights(second), weights(whole), rtol=1e-6, atol=1e-7)
-
-
-def test_a_damaged_checkpoint_is_one_line_and_the_one_before_serves(trainer, tmp_path):
-    t = trainer()
-    t.step = 5
-    t.save()
-    path = tmp_path / "checkpoint.pt"
-    content = path.read_bytes()
-    path.write_bytes(content[:1000])
-    with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint") as error:
-        t.load()
-    assert "\n" not in str(error.value)
-    (tmp_path / "checkpoint.previous.pt").write_bytes(content)
-    t = trainer()
-    t.load()
-    assert t.step == 5
-    assert re.search(r"checkpoint\.pt: .*damaged.*; going back to checkpoint\.previous\.pt$", t.run.lines[-2])
-
-
-def adam_momentum(state: dict) -> dict:
-    return state["optimisers"][1]["state"][0]
-
-
-TAMPERED = {
-    "a matrix too few": lambda s: s["model"].popitem(),
-    "a matrix of another shape": lambda s: s["model"].update(embedding=torch.zeros(3, 3)),
-    "no average": lambda s: s.update(average=None),
-    "an optimiser too few": lambda s: s["optimisers"].pop(),
-    "no state of Muon's": lambda s: s["optimisers"][0].pop("state"),
-    "a bank too few": lambda s: s["optimisers"][0]["state"].popitem(),
-    "momentum of another shape": lambda s: s["optimisers"][0]["state"][0].update(momentum_buffer=torch.zeros(1, 1, 1)),
-    "momentum not finite": lambda s: s["optimisers"][0]["state"][0]["momentum_buffer"].fill_(math.nan),
-    "momentum a number": lambda s: s["optimisers"][0]["state"][0].update(momentum_buffer=0.0),
-    "a parameter too many": lambda s: s["optimisers"][1]["state"].update({99: adam_momentum(s)}),
-    "no second moment": lambda s: adam_momentum(s).pop("exp_avg_sq"),
-    "negative second moments": lambda s: adam_momentum(s)["exp_avg_sq"].fill_(-1.0),
-    "negative Adam step": lambda s: adam_momentum(s)["step"].fill_(-4.0),
-    "Adam steps of a word": lambda s: adam_momentum(s).update(step="many"),
-    "far position": lambda s: s["loader"].update(position=10**9),
-    "negative position": lambda s: s["loader"].update(position=-1),
-    "position a word": lambda s: s["loader"].update(position="12"),
-    "position a fraction": lambda s: s["loader"].update(position=[1.5]),
-    "no position": lambda s: s["loader"].pop("position"),
-    "negative epoch": lambda s: s["loader"].update(epoch=-3),
-    "another seed": lambda s: s["loader"].update(seed=4),
-}
-
-
-@pytest.mark.parametrize("case", TAMPERED)
-def test_a_tampered_checkpoint_is_refused_in_one_line(case, stepped, tmp_path):
-    state = torch.load(stepped.run.folder / "checkpoint.pt", weights_only=True)
-    TAMPERED[case](state)
-    torch.save(state, tmp_path / "checkpoint.pt")
-    t = make_trainer(tmp_path)
-    with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint of ") as error:
-        t.load()
-    assert "\n" not in str(error.value)
-    assert t.step == 0
-
-
-@pytest.fixture(scope="module")
-def stepped(tmp_path_factory):
-    """A Trainer that took two steps and left its checkpoint."""
-    t = make_trainer(tmp_path_factory.mktemp("stepped"), ITERATIONS="2")
-    t.train(no_score)
-    return t
-
-
-def test_rates_in_a_checkpoint_are_not_taken(stepped, tmp_path):
-    state = torch.load(stepped.run.folder / "checkpoint.pt", weights_only=True)
-    for optimiser in state["optimisers"]:
-        optimiser["param_groups"] = [{"lr": "much", "steps": 10**9, "params": []}]
-    torch.save(state, tmp_path / "checkpoint.pt")
-    t = make_trainer(tmp_path)
-    t.load()
-    assert t.optimisers.muon.param_groups[0]["steps"] == 5
-    t.take_step(1.0)
-
-
-def test_a_documents_position_that_is_not_there_is_refused(trainer):
-    t = trainer(LOADER="documents")
-    whole = t.loader.state_dict()
-    for place in ({"token": 10**9}, {"shard": 1}, {"epoch": -1}, {"token": True}):
-        with pytest.raises(DataError, match="cannot resume the data order"):
-            t.loader.load_state_dict({**whole, **place})
-    t.loader.load_state_dict({**whole, "token": 1999})
-    t.loader.next_batch()
-
-
 STAGES = {
     "ITERATIONS": "12",
     "LOADER": "documents",
@@ -370,7 +264,7 @@ def test_the_host_waits_only_for_what_lies_steps_back(trainer, monkeypatch):
     t.warm_up()
     t.train(no_score)
     (watch,) = watches
-    *during, last = watch.waited[:-2]  # the end waits for everything
+    *during, last = watch.waited[:-3]  # the end waits for everything
     assert len(during) > 10
     assert min([*during, last]) >= 2
     steps = [int(line.split("/")[0].removeprefix("step:")) for line in t.run.lines if line.startswith("step:")]
@@ -385,6 +279,7 @@ def test_a_gpu_is_waited_for_at_no_step_and_nothing_is_compiled_after_warm_up(tr
     assert t.compiled
     t.warm_up()
     monkeypatch.setattr(t, "save", lambda: None)  # it copies to the host
+    monkeypatch.setattr(t, "_finite", lambda: True)  # looked at once, at the end
     torch.cuda.set_sync_debug_mode("error")
     try:
         t.train(no_score)
