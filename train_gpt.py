@@ -90,9 +90,6 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     (calibration_seconds,) = ranks.agree(run.seconds["calibration"])
     used = trainer.used_seconds + calibration_seconds
     run.note(
-        steps=trainer.step,
-        tokens_seen=trainer.step * settings.train_batch_tokens,
-        train_seconds=trainer.used_seconds,
         wallclock_used_seconds=used,
         within_wallclock=used <= settings.max_wallclock_seconds,
     )

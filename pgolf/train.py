@@ -135,6 +135,9 @@ class Trainer:
                 self._train(validate)
             except LostProcess as error:
                 raise error.during(f"step {self.step}") from error
+            finally:  # what an interrupted run has to tell, too
+                tokens = self.step * settings.train_batch_tokens
+                run.note(steps=self.step, tokens_seen=tokens, train_seconds=self.used_seconds)
         found = performance(self.flops, self.used_seconds, self.step, self.ranks.world_size, self.device)
         run.note(recompilations=compilations() - graphs, **found)
         run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
@@ -223,7 +226,8 @@ class Trainer:
         self.model.fake_quantize = quantized
         self.run.log_score(self.step, score, seconds)
         if self.step == settings.abort_step and settings.abort_bpb and not score.bpb <= settings.abort_bpb:
-            self.run.note(steps=self.step, train_seconds=seconds, val_loss_float=score.loss, val_bpb_float=score.bpb)
+            self.used_seconds = seconds
+            self.run.note(val_loss_float=score.loss, val_bpb_float=score.bpb)
             raise Aborted(f"step {self.step}: val_bpb {score.bpb:.4f} is above ABORT_BPB={settings.abort_bpb:g}")
 
     def calibration_batches(self) -> Iterator[MicroBatch]:
@@ -271,7 +275,6 @@ class Trainer:
 
     def _diverged(self, what: str) -> Diverged:
         self.writer.settle()
-        self.run.note(steps=self.step, train_seconds=self.used_seconds)
         kept = [path.name for path in checkpoint.candidates(self.run.folder)]
         return Diverged(f"step {self.step}: {what}; kept: {', '.join(kept) or 'no checkpoint, for none was due'}")
 
