@@ -5,6 +5,7 @@ tensors and plain values; no code in it is ever run. A file is checked before an
 declares must fit into the file, every number must be of its type and in its range, every tensor dense and finite.
 """
 
+import errno
 import math
 import os
 import pickle
@@ -46,7 +47,11 @@ def save(path: str | os.PathLike[str], state: State, keep_old: bool = True) -> i
     if not all(_finite(tensor) for tensor in tensors_in(state)):
         raise NotFinite(f"{path}: not written, for the weights of step {state['step']} are not finite")
     with replacing(path, old_becomes=path.with_name(PREVIOUS) if keep_old else None) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # by which torch hides what the disk said
+            said = error.__context__
+            raise said if isinstance(said, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
         return int(file.tell())
 
 

@@ -356,7 +356,7 @@ class Run:
             self.note(started_at=self.before["started_at"])
         with self._kept():
             write_json(self.folder / "summary.json", finite(self.summary))
-        self.attempt("the report", self._write_report)
+            self.attempt("the report", self._write_report)  # it is made from the summary
 
     def _write_report(self) -> None:
         with self._kept():

@@ -10,6 +10,7 @@ import torch
 
 from pgolf import checkpoint
 from pgolf.checkpoint import CHECKPOINT, PREVIOUS, CheckpointError, NotFinite
+from pgolf.files import WriteError
 
 
 def state_of(step: int = 3, **changes) -> dict:
@@ -69,6 +70,24 @@ def test_a_diverged_state_is_not_kept(tmp_path):
     for bad in (math.nan, math.inf):
         with pytest.raises(NotFinite, match="step 9"):
             checkpoint.save(path, state_of(9, model={"embedding": torch.tensor([1.0, bad])}))
+    assert checkpoint.load(path)["step"] == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+@pytest.mark.parametrize("room", [0, 100, 700, 1500])
+def test_a_full_disk_leaves_what_was_there(room, tmp_path):
+    """A real one, where torch puts an error of its own over the disk's."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / CHECKPOINT
+    checkpoint.save(path, state_of(3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(WriteError) as error:
+            checkpoint.save(path, state_of(4, model={"embedding": torch.zeros(40, 30)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value) == f"{path}: cannot be written (File too large)"
     assert checkpoint.load(path)["step"] == 3
     assert [entry.name for entry in tmp_path.iterdir()] == [CHECKPOINT]
 
