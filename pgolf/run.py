@@ -228,9 +228,11 @@ class Run:
         return missed
 
     def _leave_together(self, status: int) -> None:
-        """All ranks with one status, when the first has written everything: the launcher stops the others at once."""
+        """All ranks with one status, when the first has written everything: the launcher ends all after one."""
         with contextlib.suppress(LostProcess):
             self.ranks.wait()
+        if self.ranks.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, to those that are a moment behind
         sys.exit(status)
 
     def _how_to_go_on(self) -> str:
