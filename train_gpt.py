@@ -114,7 +114,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     # Score the weights as trained, then the file alone
     with run.timed("evaluate_float"):
         float_score = score(model)
-    run.log_score(trainer.step, float_score, trainer.used_seconds)
+    run.log_score(trainer.step, settings.iterations, float_score, trainer.used_seconds)
     with run.timed("evaluate"):
         artifact = read_artifact(artifact_path)
         stranger = model_from_artifact(artifact, dtype, ranks.device, model.attention)

@@ -3,6 +3,7 @@ by whole lines."""
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -71,6 +72,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     with replacing(path, "w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return value
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

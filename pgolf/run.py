@@ -6,13 +6,11 @@ line by line.
 
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +23,11 @@ from pgolf import checkpoint, ops
 from pgolf.checkpoint import CHECKPOINT
 from pgolf.distributed import LostProcess, Ranks
 from pgolf.errors import PgolfError, UserError
-from pgolf.evaluate import Score
-from pgolf.files import Lines, WriteError, write_json
+from pgolf.files import WriteError, finite, write_json
 from pgolf.machine import cpu_levels, cpu_name
 from pgolf.report import write_report
-from pgolf.run_folder import ARTIFACT, RunFolder, claim, default_name, read_summary
+from pgolf.run_folder import ARTIFACT, claim, default_name, read_summary
+from pgolf.run_log import RunLog
 from pgolf.settings import PRESETS, Settings, given_settings, load_settings, validate
 from pgolf.versions import git_commit, versions
 
@@ -77,7 +75,7 @@ class Diverged(Ended):
 OVER_BUDGET = 4  # status of a run that is whole, but larger or slower than it was allowed to be
 
 
-class Run:
+class Run(RunLog):
     """Use as a context: it takes the folder, catches the two signals, and leaves a valid summary and report behind.
 
     A file that cannot be written does not end the run, but for the artifact: it is warned about, and the run ends with
@@ -85,14 +83,11 @@ class Run:
     """
 
     def __init__(self, settings: Settings, ranks: Ranks):
+        super().__init__(settings.run_folder)
         self.settings, self.ranks = settings, ranks
-        self.folder = settings.run_folder
-        self.own: RunFolder | None = None  # of the first rank
-        self.metrics: Lines | None = None
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.before: dict[str, Any] = {}  # the summary of the sitting that is gone on with
-        self.unwritten: dict[Path, str] = {}
         self.summary: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)
         self.signal: int | None = None
         self.deferring = False
@@ -203,8 +198,8 @@ class Run:
     def _end_whole(self) -> None:
         """Status 2 when a file is missing, 4 when a budget was missed."""
         missed = self._missed_budgets()
-        if missed and self.ranks.first:
-            self._tell(f"over budget: {'; '.join(missed)}")
+        if missed and self.own:
+            self.tell(f"over budget: {'; '.join(missed)}")
         if self.unwritten:
             files = ", ".join(f"{path} ({reason})" for path, reason in self.unwritten.items())
             raise UserError(f"not all could be written: {files}; {self._safe()}")
@@ -272,71 +267,12 @@ class Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def log(self, line: str, console: bool = True) -> None:
-        if not self.ranks.first:
-            return
-        if console:
-            try:
-                print(line, flush=True)
-            except OSError as error:  # a full disk behind it, or a reader that is gone
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-                self._not_written(Path("standard output"), error.strerror or "input/output error")
-        if self.own:
-            with self._kept():
-                self.own.log.add(line)
-
-    def warn(self, line: str) -> None:
-        """One line for standard error and the log; the run goes on."""
-        if self.ranks.first:
-            self._tell(f"warning: {line}")
-
     def warn_of_budget(self, code_bytes: int) -> None:
         """Before the work, of a budget that is going to be missed."""
         settings = self.settings
         if settings.artifact_bytes + code_bytes > settings.budget_bytes:
             asked = f"ARTIFACT_BYTES={settings.artifact_bytes} and " if settings.artifact_bytes else ""
             self.warn(f"{asked}{code_bytes} bytes of code are over BUDGET_BYTES={settings.budget_bytes}")
-
-    def _tell(self, line: str) -> None:
-        with contextlib.suppress(OSError):
-            print(f"train_gpt.py: {line}", file=sys.stderr, flush=True)
-        self.log(line, console=False)
-
-    def metric(self, kind: str, **values: float) -> None:
-        if self.own:
-            with self._kept():
-                self.metrics = self.metrics or Lines(self.folder / "metrics.jsonl")
-                self.metrics.add(json_line({"kind": kind, **values}))
-
-    @contextmanager
-    def _kept(self):
-        """A file that cannot be written inside is remembered for the end of the run."""
-        try:
-            yield
-        except WriteError as error:
-            self._not_written(error.path, error.reason)
-
-    def _not_written(self, path: Path, reason: str) -> None:
-        if path not in self.unwritten:
-            self.unwritten[path] = reason
-            self.warn(f"{path}: cannot be written ({reason}); the run goes on")
-
-    def attempt(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of what is only a figure, or None and a line: nothing that it raises ends the run."""
-        try:
-            return function(*arguments)
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            self.warn(f"{what} could not be made ({type(error).__name__}: {reason}); the run goes on")
-            return None
-
-    def log_score(self, step: int, score: Score, train_seconds: float) -> None:
-        """A validation in the community's words, and as a metric."""
-        self.log(
-            f"step:{step}/{self.settings.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-            f"train_time:{1000 * train_seconds:.0f}ms step_avg:{1000 * train_seconds / max(step, 1):.2f}ms"
-        )
-        self.metric("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=train_seconds)
 
     def note(self, **values: Any) -> None:
         """Set fields of the summary."""
@@ -356,12 +292,12 @@ class Run:
             self.summary.update({name: self.before[name] for name in MEASURED if name in self.before})
         elif self.before.get("started_at"):
             self.note(started_at=self.before["started_at"])
-        with self._kept():
+        with self.kept():
             write_json(self.folder / "summary.json", finite(self.summary))
             self.attempt("the report", self._write_report)  # it is made from the summary
 
     def _write_report(self) -> None:
-        with self._kept():
+        with self.kept():
             write_report(self.folder)
 
 
@@ -390,16 +326,3 @@ def read_settings(path: Path) -> Settings:
         return validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not the settings of a run ({error})") from None
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for numbers that JSON does not know."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    return value
-
-
-def json_line(values: dict[str, Any]) -> str:
-    return json.dumps(finite(values))

@@ -224,7 +224,7 @@ class Trainer:
         self.model.fake_quantize = None
         score = validate()
         self.model.fake_quantize = quantized
-        self.run.log_score(self.step, score, seconds)
+        self.run.log_score(self.step, settings.iterations, score, seconds)
         if self.step == settings.abort_step and settings.abort_bpb and not score.bpb <= settings.abort_bpb:
             self.used_seconds = seconds
             self.run.note(val_loss_float=score.loss, val_bpb_float=score.bpb)

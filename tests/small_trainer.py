@@ -49,7 +49,7 @@ class SilentRun:
     def metric(self, kind, **values):
         pass
 
-    def log_score(self, step, score, train_seconds):
+    def log_score(self, step, iterations, score, train_seconds):
         self.scored.append(step)
 
     def note(self, **values):
