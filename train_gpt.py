@@ -106,9 +106,11 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         }
         write = partial(write_artifact, artifact_path, metadata=metadata, mode=settings.artifact_coder)
         with run.timed("quantize"):
-            fitted = quantize_within_budget(model, hessians, settings, rises, write, code)
+            fitted = quantize_within_budget(model, hessians, settings, rises, write, code, ranks.alive)
         run.log(fitted or projection_error(run.summary, artifact_path.stat().st_size))
-    ranks.wait()
+        ranks.alive(done=True)
+    else:
+        ranks.wait_for_first()
     ranks.agree_file(artifact_path)
 
     # Score the weights as trained, then the file alone

@@ -233,7 +233,10 @@ class Muon(torch.optim.Optimizer):
         if state.keys() != set(range(len(self.banks))):
             raise ValueError(f"Muon: expected the state of {len(self.banks)} banks")
         for i, found in state.items():
-            expected = {name: part.data.new_empty(part.plan.shapes[i]) for name, part in self._state().items()}
+            left_out = 3 - self.banks[i].ndim  # a matrix is stored as one, not as a bank
+            expected = {
+                name: part.data.new_empty(part.plan.shapes[i][left_out:]) for name, part in self._state().items()
+            }
             check_tensors(f"Muon's bank {i}", found, expected)
 
     @torch.no_grad()
