@@ -143,7 +143,7 @@ class Run(RunLog):
             self.before = read_summary(self.folder)
             seconds = self.before.get("seconds")
             if isinstance(seconds, dict) and not self._had_result:
-                self.seconds = {name: float(value) for name, value in seconds.items()}
+                self.seconds = {name: value for name, value in seconds.items() if isinstance(value, float)}
         try:
             write_json(self.folder / "settings.json", self.settings.model_dump())
         except UserError:
@@ -200,10 +200,11 @@ class Run(RunLog):
         missed = self._missed_budgets()
         if missed and self.own:
             self.tell(f"over budget: {'; '.join(missed)}")
+        (over,) = self.ranks.agree(len(missed))
         if self.unwritten:
             files = ", ".join(f"{path} ({reason})" for path, reason in self.unwritten.items())
             raise UserError(f"not all could be written: {files}; {self._safe()}")
-        if missed:
+        if over:
             self._leave_together(OVER_BUDGET)
 
     def _missed_budgets(self) -> list[str]:
@@ -233,7 +234,7 @@ class Run(RunLog):
     def _how_to_go_on(self) -> str:
         if checkpoint.candidates(self.folder):
             return f"; go on with RESUME={self.folder}"
-        return " before training began; nothing to resume"
+        return " before its first checkpoint; nothing to resume"
 
     def _safe(self) -> str:
         names = (ARTIFACT, CHECKPOINT, checkpoint.PREVIOUS, "summary.json", "report.html", "metrics.jsonl", "train.log")
