@@ -202,7 +202,7 @@ class Run(RunLog):
             self.tell(f"over budget: {'; '.join(missed)}")
         (over,) = self.ranks.agree(len(missed))
         if self.unwritten:
-            files = ", ".join(f"{path} ({reason})" for path, reason in self.unwritten.items())
+            files = ", ".join(f"{path.name} ({reason})" for path, reason in self.unwritten.items())
             raise UserError(f"not all could be written: {files}; {self._safe()}")
         if over:
             self._leave_together(OVER_BUDGET)

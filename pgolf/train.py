@@ -19,7 +19,7 @@ from pgolf.data.batch import MicroBatch
 from pgolf.data.prefetch import Loader
 from pgolf.data.tokenizer import ByteTable
 from pgolf.distributed import LostProcess, Ranks
-from pgolf.errors import UserError
+from pgolf.errors import ScoreError, UserError
 from pgolf.evaluate import Score
 from pgolf.losses import TrainingLoss
 from pgolf.machine import allow_compilations, compilations
@@ -222,7 +222,10 @@ class Trainer:
         """Score the weights as they are, not rounded. `Aborted` after ABORT_STEP if they are worse than ABORT_BPB."""
         settings, quantized = self.settings, self.model.fake_quantize
         self.model.fake_quantize = None
-        score = validate()
+        try:
+            score = validate()
+        except ScoreError as error:
+            raise self._diverged(str(error)) from None
         self.model.fake_quantize = quantized
         self.run.log_score(self.step, settings.iterations, score, seconds)
         if self.step == settings.abort_step and settings.abort_bpb and not score.bpb <= settings.abort_bpb:
