@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import re
 import signal
 
@@ -16,6 +17,7 @@ from pgolf.errors import UserError
 from pgolf.files import Lines, WriteError
 from pgolf.run import Run
 from pgolf.settings import load_settings
+from pgolf.train import Trainer
 
 
 @pytest.fixture
@@ -120,7 +122,9 @@ def test_what_is_only_a_figure_cannot_end_a_run(run, monkeypatch):
 
 
 def test_a_diverged_run_is_status_five_with_valid_files(run, monkeypatch):
-    status, _, out, folder = run(MATRIX_LR="1e30", ITERATIONS="100000")
+    take_step = Trainer.take_step
+    monkeypatch.setattr(Trainer, "take_step", lambda self, scale: take_step(self, scale) * math.nan)
+    status, _, out, folder = run(ITERATIONS="100000")
     assert status == 5
     assert re.match(r"diverged: step \d+: ", out[-1])
     summary = summary_of(folder)
