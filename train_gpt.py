@@ -69,7 +69,10 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
 
     # Train, then calibrate with what is left of the wall-clock budget
     code = code_bytes()
-    trainer.at_warmdown = partial(project, run, model.named_parameters, settings, code)
+    run.warn_of_budget(code)
+    trainer.at_warmdown = partial(
+        run.attempt, "the size projection", project, run, model.named_parameters, settings, code
+    )
     with run.timed("warmup"):
         trainer.warm_up()
     if settings.resume:
@@ -84,11 +87,9 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         hessians = collect_hessians(model, trainer.calibration_batches(), ranks, lambda: seconds_left() - probing)
         if fitting:
             rises = measure_rises(model, hessians, islice(trainer.calibration_batches(), PROBE_ROWS), settings, ranks)
-    used = trainer.used_seconds + run.seconds["calibration"]
+    (calibration_seconds,) = ranks.agree(run.seconds["calibration"])
+    used = trainer.used_seconds + calibration_seconds
     run.note(
-        steps=trainer.step,
-        tokens_seen=trainer.step * settings.train_batch_tokens,
-        train_seconds=trainer.used_seconds,
         wallclock_used_seconds=used,
         within_wallclock=used <= settings.max_wallclock_seconds,
     )
@@ -105,15 +106,17 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         }
         write = partial(write_artifact, artifact_path, metadata=metadata, mode=settings.artifact_coder)
         with run.timed("quantize"):
-            fitted = quantize_within_budget(model, hessians, settings, rises, write, code)
+            fitted = quantize_within_budget(model, hessians, settings, rises, write, code, ranks.alive)
         run.log(fitted or projection_error(run.summary, artifact_path.stat().st_size))
-    ranks.wait()
+        ranks.alive(done=True)
+    else:
+        ranks.wait_for_first()
     ranks.agree_file(artifact_path)
 
     # Score the weights as trained, then the file alone
     with run.timed("evaluate_float"):
         float_score = score(model)
-    run.log_score(trainer.step, float_score, trainer.used_seconds)
+    run.log_score(trainer.step, settings.iterations, float_score, trainer.used_seconds)
     with run.timed("evaluate"):
         artifact = read_artifact(artifact_path)
         stranger = model_from_artifact(artifact, dtype, ranks.device, model.attention)
@@ -141,7 +144,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         code_bytes_raw=raw_code_bytes(),
         total_bytes=total,
         fits_budget=total <= settings.budget_bytes,
-        within_eval=run.seconds["evaluate"] <= settings.max_eval_seconds,
+        within_eval=not ranks.any(run.seconds["evaluate"] > settings.max_eval_seconds),
         bytes_by_role={**by_role, "left": settings.budget_bytes - total},
     )
     for name, size in by_role.items():
@@ -149,7 +152,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log(f"Total submission size: {total} bytes of {settings.budget_bytes}, left: {settings.budget_bytes - total}")
     if ranks.first:
         with run.timed("compressors"):
-            others = compressors_bpb(data)
+            others = run.attempt("the other compressors' figures", compressors_bpb, data) or {}
         run.note(compressors_bpb=others)
         run.log("same text: " + " ".join(f"{name}:{bpb:.4f}bpb" for name, bpb in others.items()))
     run.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from pgolf import checkpoint
 from pgolf.artifact import write_artifact
 from pgolf.dataset import open_dataset, training_loader
 from pgolf.distributed import launch
@@ -26,7 +27,6 @@ from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, load_weights, quantize, quantize_to_size
 from pgolf.quantizers import QUANTIZERS
 from pgolf.rate_budget import PROBE_ROWS, clip_of, measure_rises
-from pgolf.run import CHECKPOINT
 from pgolf.settings import validate
 
 NEAR = 0.001
@@ -42,7 +42,7 @@ DRAWS = (0.96, 0.98, 1.0, 1.02, 1.04)
 def rows_of(folder: Path, ranks, work: Path):
     """Every quantiser's figures on one run."""
     settings = validate(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    state = checkpoint.load(folder / checkpoint.CHECKPOINT)
     data = open_dataset(settings, ranks)
     config = ModelConfig.of(settings)
     model = Model(config, torch.float32)

@@ -46,8 +46,11 @@ class Average:
         self.join()
         return {"average": self.average, "updates": self.updates}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average, self.updates = state["average"], state["updates"]
+        for mine, saved in zip(self.average, state["average"], strict=True):
+            mine.copy_(saved)
+        self.updates = state["updates"]
 
 
 class Ema(Average):

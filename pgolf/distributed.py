@@ -17,7 +17,7 @@ from torch import Tensor
 from pgolf.errors import PgolfError, UserError
 from pgolf.files import make_folder, replacing
 
-PATIENCE = timedelta(hours=1)  # of `Ranks.wait`, while the first rank prepares data or packs the artifact
+PATIENCE = timedelta(hours=1)  # of `Ranks.wait`, while the first rank prepares data
 # New names since torch 2.13; gloo has both as well as NCCL.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -121,6 +121,18 @@ class Ranks:
                 make_folder(path.parent)
                 with replacing(path) as file:
                     file.write(content)
+
+    def alive(self, done: bool = False) -> None:
+        """The first rank's sign of life for those in `wait_for_first`; `done` is the last one."""
+        if self.world_size > 1:
+            self._begin(dist.broadcast, torch.tensor([float(done)]), 0).wait()
+
+    def wait_for_first(self) -> None:
+        """On the other ranks: until the first one is done with what it does alone. It may take as long as it likes, but
+        between two signs of life no longer than any answer."""
+        done = torch.zeros(1)
+        while not done:
+            self._begin(dist.broadcast, done, 0).wait()
 
     def wait(self) -> None:
         """Until every rank is here, however long one of them works alone."""

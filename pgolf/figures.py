@@ -8,6 +8,7 @@ drawing serves light and dark. Equal input gives equal bytes: no dates, fixed id
 import io
 import itertools
 import re
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -173,13 +174,16 @@ def bars(name: str, label: str, rows: Sequence[tuple[str, float, str, str]]) -> 
     right = 12 + LETTER * max(len(text) for _, _, text, _ in rows)
 
     def draw(width: int) -> Figure:
-        figure, axes = _canvas(width, 30 * len(rows) + 8, min(left, 0.5 * width), right, 4, 4)
+        room = min(left, 0.5 * width)
+        titles = [textwrap.wrap(title, max(round((room - 14) / LETTER), 8)) for title, *_ in rows]
+        height = 30 + 15 * (max(len(lines) for lines in titles) - 1)
+        figure, axes = _canvas(width, height * len(rows) + 8, room, right, 4, 4)
         most = max(value for _, value, _, _ in rows) or 1.0
-        for place, (title, value, text, colour) in enumerate(rows):
-            axes.barh(place, value, height=0.62, color=STAND_INS[colour])
+        for place, ((_, value, text, colour), title) in enumerate(zip(rows, titles, strict=True)):
+            axes.barh(place, value, height=18 / height, color=STAND_INS[colour])
             axes.annotate(text, (value, place), xytext=(6, 0), textcoords="offset points", va="center_baseline")
-            axes.annotate(title, (0, place), xytext=(-8, 0), textcoords="offset points", va="center_baseline",
-                          ha="right", color=STAND_INS["muted"])  # fmt: skip
+            axes.annotate("\n".join(title), (0, place), xytext=(-8, 0), textcoords="offset points", ha="right",
+                          va="center_baseline" if len(title) == 1 else "center", color=STAND_INS["muted"])  # fmt: skip
         axes.set_xlim(0, most)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_axis_off()
@@ -188,7 +192,7 @@ def bars(name: str, label: str, rows: Sequence[tuple[str, float, str, str]]) -> 
     return _both(name, label, draw)
 
 
-def byte_budget(segments: Sequence[tuple[str, int]], budget: int | None) -> dict[str, str]:
+def byte_budget(name: str, segments: Sequence[tuple[str, int]], budget: int | None) -> dict[str, str]:
     """One bar to scale: `segments` of (role, bytes) side by side over the budget, an overrun hatched beyond it."""
     segments = [(plain(role), size) for role, size in segments if size > 0]
     total = sum(size for _, size in segments)
@@ -228,4 +232,4 @@ def byte_budget(segments: Sequence[tuple[str, int]], budget: int | None) -> dict
         return figure
 
     of_budget = f" of a budget of {budget:,}" if budget is not None else ""
-    return _both("bytes", f"{total:,} bytes used{of_budget}", draw)
+    return _both(name, f"{total:,} bytes used{of_budget}", draw)

@@ -1,7 +1,9 @@
-"""Files are written whole or not at all: write to a temporary name in the same folder, flush to disk, rename."""
+"""Files are written whole or not at all: write to a temporary name in the same folder, flush to disk, rename. Logs grow
+by whole lines."""
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,11 +12,41 @@ from typing import IO, Any
 
 from pgolf.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody is locked out
+    fcntl = None  # type: ignore[assignment]
+
+
+class WriteError(UserError):
+    """A file that could not be written; what was under its name before is still there."""
+
+    def __init__(self, path: str | os.PathLike[str], error: OSError):
+        self.path, self.reason = Path(path), error.strerror or "input/output error"
+        super().__init__(f"{path}: cannot be written ({self.reason})")
+
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file that takes the name `path` when the block ends, and vanishes if the block raises."""
+def replacing(
+    path: str | os.PathLike[str], mode: str = "wb", old_becomes: str | os.PathLike[str] | None = None
+) -> Iterator[IO[Any]]:
+    """Open a temporary file that takes the name `path` when the block ends, and vanishes if the block raises.
+
+    The file that was there before is kept as `old_becomes`, where that is given. `WriteError` when the disk is full.
+    """
     path = Path(path)
+    try:
+        with _replacing(path, mode, old_becomes) as file:
+            yield file
+    except OSError as error:
+        other = error.filename
+        if isinstance(other, str) and not Path(other).absolute().is_relative_to(path.parent.absolute()):
+            raise  # of a file elsewhere that the block opened
+        raise WriteError(path, error) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, mode: str, old_becomes: str | os.PathLike[str] | None) -> Iterator[IO[Any]]:
     encoding = None if "b" in mode else "utf-8"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -25,6 +57,9 @@ def replacing(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; the result should be an ordinary one
+        if old_becomes is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, old_becomes)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -39,6 +74,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         file.write("\n")
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return value
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Create `path` with its parents and check that files can be made there; a `UserError` names it otherwise."""
     path = Path(path)
@@ -49,3 +93,46 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}; name one that is writable") from None
     return path
+
+
+class Lines:
+    """A text file that grows by whole lines: of one that no longer fits on the disk nothing is left."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        try:
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise WriteError(path, error) from error
+
+    def add(self, line: str) -> None:
+        """`WriteError` when that is not possible."""
+        rest = memoryview((line + "\n").encode("utf-8", "replace"))
+        before = os.fstat(self.file.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(before)
+            raise WriteError(self.path, error) from error
+
+    def lock(self) -> bool:
+        """Whether this process is now the only one that holds the file's lock, which ends when the process does.
+
+        False too if the file has lost its name since it was opened.
+        """
+        if fcntl is None:
+            return True
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        return False
+
+    def close(self) -> None:
+        self.file.close()

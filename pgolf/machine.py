@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from pgolf.ops.backends import native
+
 
 def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on a GPU and on CPUs with bfloat16 arithmetic, else float32."""
@@ -49,6 +51,14 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{name}, {os.cpu_count()} cores"
+
+
+def cpu_levels() -> dict[str, str]:
+    """Which instructions torch's kernels and ours use on this CPU."""
+    found = {"torch": torch.backends.cpu.get_cpu_capability(), "pgolf": "none"}
+    with contextlib.suppress(ImportError):
+        found["pgolf"] = native().level()
+    return found
 
 
 def keep_freed_memory() -> None:

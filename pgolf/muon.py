@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf import ops
+from pgolf.checkpoint import check_tensors
 from pgolf.distributed import Pending, Ranks
 from pgolf.sharding import Exchange, Part, Plan, as_bank
 
@@ -226,6 +227,17 @@ class Muon(torch.optim.Optimizer):
             "state": {i: {name: banks[i] for name, banks in whole.items()} for i in indices},
             "param_groups": [{**group, "params": indices}],
         }
+
+    def check_state(self, state: dict[Any, Any]) -> None:
+        """`ValueError` unless `state` is that of `state_dict`, for these banks."""
+        if state.keys() != set(range(len(self.banks))):
+            raise ValueError(f"Muon: expected the state of {len(self.banks)} banks")
+        for i, found in state.items():
+            left_out = 3 - self.banks[i].ndim  # a matrix is stored as one, not as a bank
+            expected = {
+                name: part.data.new_empty(part.plan.shapes[i][left_out:]) for name, part in self._state().items()
+            }
+            check_tensors(f"Muon's bank {i}", found, expected)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

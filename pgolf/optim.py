@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.checkpoint import check_tensors
 from pgolf.distributed import Pending, Ranks
 from pgolf.machine import SideStream
 from pgolf.model import Model, role_of
@@ -88,8 +89,26 @@ class Optimisers:
         return [self.muon.state_dict(), self.adam.state_dict()]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        for optimiser, saved in zip((self.muon, self.adam), state, strict=True):
-            optimiser.load_state_dict(saved)
+        """Momenta and the like; rates and other settings stay as they are. `ValueError` for what does not fit."""
+        if len(state) != 2 or not all(isinstance(saved.get("state"), dict) for saved in state):
+            raise ValueError("optimisers: expected the states of Muon and AdamW")
+        muon, adam = (saved["state"] for saved in state)
+        if muon:  # {} before the first step, in checkpoints of a plain torch optimiser
+            self.muon.check_state(muon)
+        for index, found in adam.items():
+            self._check_adam(index, found)
+        for optimiser, saved in zip((self.muon, self.adam), (muon, adam), strict=True):
+            groups = torch.optim.Optimizer.state_dict(optimiser)["param_groups"]
+            optimiser.load_state_dict({"state": saved, "param_groups": groups})
+
+    def _check_adam(self, index: Any, found: Any) -> None:
+        if index not in range(len(self.small)) or not isinstance(found, dict):
+            raise ValueError(f"AdamW: no parameter {index}")
+        p = self.small[index]
+        name = f"AdamW's parameter {index}"
+        check_tensors(name, found, {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p})
+        if bool((found["exp_avg_sq"] < 0).any()) or float(found["step"]) < 0:
+            raise ValueError(f"{name}: negative where it cannot be")
 
 
 def lr_multipliers(banks: Iterable[Tensor], settings: Settings) -> list[Tensor]:

@@ -8,6 +8,7 @@ inside the training budget.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,14 @@ def collect_hessians(
 
 
 def quantize(
-    model: Model, hessians: dict[str, Tensor], settings: Settings, clips: dict[str, float] | None = None
+    model: Model,
+    hessians: dict[str, Tensor],
+    settings: Settings,
+    clips: dict[str, float] | None = None,
+    alive: Callable[[], Any] = lambda: None,
 ) -> list[StoredTensor]:
-    """Every parameter in its stored form, then the corrections. `clips` are the clip_sigmas of single tensors."""
+    """Every parameter in its stored form, then the corrections. `clips` are the clip_sigmas of single tensors; `alive`
+    is called after each of those that take time."""
     stored, weights = [], {name: parameter.detach().float().cpu() for name, parameter in model.named_parameters()}
     for name, weight in weights.items():
         role = role_of(name)
@@ -79,6 +85,7 @@ def quantize(
         clip_sigmas = (clips or {}).get(name, rate_budget.clip_of(name, settings))
         found = rate_budget.quantize_tensor(name, weight, hessians, settings, clip_sigmas)
         stored.append(StoredTensor(name, role, shape, found.values, found.scale, bits, found.order, found.states))
+        alive()
     if settings.lqer_rank:
         stored += low_rank.corrections(weights, stored, hessians, settings)
     return stored
@@ -129,6 +136,7 @@ def quantize_to_size(
     write: Callable[[list[StoredTensor]], ByteCount],
     target: int,
     first: ByteCount | None = None,
+    alive: Callable[[], Any] = lambda: None,
 ) -> tuple[Fit, str]:
     """Quantise and `write` until the file has `target` bytes, or up to 0.1% fewer; and what that cost, in words.
 
@@ -144,7 +152,7 @@ def quantize_to_size(
         return Coded(count.total, {name: count.streams[f"{name}:values"] for name in counts})
 
     def code(clips: dict[str, float]) -> Coded:
-        count = write(quantize(model, hessians, settings, clips))
+        count = write(quantize(model, hessians, settings, clips, alive))
         last.clear()
         last.update(clips)
         return coded(count)
@@ -153,7 +161,7 @@ def quantize_to_size(
     equal = {name: float(count) for name, count in counts.items()}
     found = rate_budget.fit(code, clips, counts, rises or equal, target, coded(first) if first else None)
     if last != found.clips:
-        write(quantize(model, hessians, settings, found.clips))
+        write(quantize(model, hessians, settings, found.clips, alive))
     return found, rate_budget.cost(found, clips, counts, rises)
 
 
@@ -164,6 +172,7 @@ def quantize_within_budget(
     rises: dict[str, float],
     write: Callable[[list[StoredTensor]], ByteCount],
     code_bytes: int,
+    alive: Callable[[], Any] = lambda: None,
 ) -> str | None:
     """Quantise and `write` at the settings' steps, at ARTIFACT_BYTES, or, when over budget, at steps that fit.
 
@@ -172,7 +181,7 @@ def quantize_within_budget(
     room, wanted, first, because = settings.budget_bytes - code_bytes, settings.artifact_bytes, None, ""
     target = min(wanted or room, room)
     if not wanted or room <= 0:
-        first = write(quantize(model, hessians, settings))
+        first = write(quantize(model, hessians, settings, alive=alive))
         if first.total <= room:
             return None
         because = f"{first.total - room} bytes over budget at the settings' steps; "
@@ -180,7 +189,7 @@ def quantize_within_budget(
             return f"artifact: {because}the code alone takes {code_bytes} of {settings.budget_bytes}"
     elif wanted > room:
         because = f"ARTIFACT_BYTES={wanted} leaves too little for {code_bytes} bytes of code; "
-    found, cost = quantize_to_size(model, hessians, settings, rises, write, target, first)
+    found, cost = quantize_to_size(model, hessians, settings, rises, write, target, first, alive)
     short = "" if found.fits else ", THE LEAST THAT CAN BE HAD"
     return f"artifact:{found.total} of {target} bytes{short}: {because}{cost}"
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from pgolf.errors import UserError
 from pgolf.files import replacing
+from pgolf.settings import PRESETS, Settings
 
 LARGEST = 1e18  # a number beyond this is no measurement
 # Fields of the summary that have a place of their own on the page; every other one is a line of "The run".
@@ -25,6 +26,14 @@ PLACED = {
     "within_wallclock",
 }  # fmt: skip
 
+UNITS = {"_seconds": " s", "_ms": " ms", "tflop_per_s": " TFLOP/s"}
+OF_ONE_RUN = {"run_id", "out_dir", "resume"}  # settings that no preset has
+ENDS = {
+    "interrupted": "This run was interrupted: what it did not get to is missing below.",
+    "aborted": "This run was ended by its early validation, which was worse than ABORT_BPB.",
+    "diverged": "This run diverged: its loss or its weights are not finite, and there is no artifact.",
+}
+
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
     """Write `report.html` into `run_folder` and return its path. A `UserError` names a missing summary."""
@@ -32,8 +41,9 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     summary = _read_summary(folder / "summary.json")
     settings, notices = _read_settings(folder / "settings.json")
     train, validation, trouble = read_metrics(folder / "metrics.jsonl")
-    if summary.get("interrupted"):
-        notices.insert(0, "This run was interrupted: what it did not get to is missing below.")
+    notices = [text for name, text in ENDS.items() if summary.get(name)] + notices
+    usual = changed_settings(settings)
+    settings = {name: settings[name] for name in [*usual, *(name for name in settings if name not in usual)]}
     page = _environment().from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     html = page.render(
         run_id=as_text(summary.get("run_id")) or folder.resolve().name,
@@ -43,8 +53,9 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         quality=_quality(summary),
         budget=byte_table(summary),
         time=_time(summary),
-        facts={name: as_text(value) for name, value in summary.items() if name not in PLACED},
+        facts={name: measured(name, value) for name, value in summary.items() if name not in PLACED},
         settings={name: as_text(value) for name, value in settings.items()},
+        usual={name: as_text(value) for name, value in usual.items()},
         backends={op: as_text(name) for op, name in table(summary.get("backends")).items()},
         fallbacks=[as_text(name) for name in _list(summary.get("fallbacks"))],
         machinery={name: as_text(summary.get(name)) for name in ("attention", "compile", "cuda_graphs", "dtype")},
@@ -82,7 +93,32 @@ def as_text(value: Any) -> str:
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
         return f"{value:.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def measured(name: str, value: Any) -> str:
+    """A field of the summary as a person reads it, with its unit."""
+    if number(value) is None:
+        return as_text(value)
+    if name.endswith("memory_bytes"):
+        return f"{value / 1e6:,.0f} MB" if value < 1e10 else f"{value / 1e9:,.1f} GB"
+    unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
+    return f"{as_text(value)}{unit}"
+
+
+def changed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings that are not as their preset has them: what the preset has."""
+    name = settings.get("preset")
+    if not isinstance(name, str) or name not in PRESETS:
+        return {}
+    preset = Settings(**{"preset": name, **PRESETS[name]}).model_dump()
+    return {
+        name: preset[name]
+        for name, value in settings.items()
+        if name in preset and name not in OF_ONE_RUN and value != preset[name]
+    }
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -234,7 +270,8 @@ def byte_table(summary: dict[str, Any]) -> dict[str, Any] | None:
         return f"{100 * size / budget:.2f} %" if budget else ""
 
     return {
-        "svg": _markup(figures.byte_budget(segments, None if budget is None else int(budget))),
+        "svg": _markup(figures.byte_budget("bytes", segments, None if budget is None else int(budget))),
+        "zoom": _zoom(segments, used, budget),
         "rows": [(role, f"{size:,}", share(size), figures.role_colour(role)) for role, size in segments],
         "used": (f"{used:,}", share(used)),
         "left": None if budget is None else (f"{budget - used:,}", share(budget - used)),
@@ -243,6 +280,15 @@ def byte_table(summary: dict[str, Any]) -> dict[str, Any] | None:
         "artifact": as_text(number(summary.get("artifact_bytes"))),
         "code": as_text(number(summary.get("code_bytes"))),
     }
+
+
+def _zoom(segments: list[tuple[str, int]], used: int, budget: float | None) -> dict[str, Any] | None:
+    """The used bytes alone, where they are a small part of the bar of the budget."""
+    if not budget or not 0 < used < budget / 2:
+        return None
+    from pgolf import figures
+
+    return {"svg": _markup(figures.byte_budget("used-bytes", segments, None)), "times": f"{budget / used:.3g}"}
 
 
 def _time(summary: dict[str, Any]) -> dict[str, Any] | None:

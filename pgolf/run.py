@@ -4,112 +4,242 @@ Only the first rank writes. Every file is valid at any moment: whole files are r
 line by line.
 """
 
+import contextlib
 import json
 import os
-import platform
-import shutil
+import shlex
 import signal
 import sys
 import time
 from contextlib import contextmanager
-from importlib import metadata
+from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-import pgolf
-from pgolf import ops
-from pgolf.distributed import Ranks
+from pgolf import checkpoint, ops
+from pgolf.checkpoint import CHECKPOINT
+from pgolf.distributed import LostProcess, Ranks
 from pgolf.errors import PgolfError, UserError
-from pgolf.evaluate import Score
-from pgolf.files import make_folder, write_json
-from pgolf.machine import cpu_name
+from pgolf.files import WriteError, finite, write_json
+from pgolf.machine import cpu_levels, cpu_name
 from pgolf.report import write_report
+from pgolf.run_folder import ARTIFACT, claim, default_name, read_summary
+from pgolf.run_log import RunLog
 from pgolf.settings import PRESETS, Settings, given_settings, load_settings, validate
+from pgolf.versions import git_commit, versions
 
-CHECKPOINT = "checkpoint.pt"
 # In the order of the documentation; unknown until measured, so that an interrupted run's summary has every field.
 SUMMARY_FIELDS = (  # noqa: SIM905
-    "run_id preset seed device device_name world_size parameters steps tokens_seen train_seconds step_ms "
-    "tflop_per_s peak_memory_bytes "
+    "run_id preset seed started_at command commit device device_name threads cpu_level world_size parameters steps "
+    "tokens_seen train_seconds step_ms tflop_per_s peak_memory_bytes checkpoints checkpoint_seconds "
     "val_loss_float val_bpb_float val_loss_quantized val_bpb_quantized val_bpb_ngram val_tokens val_bytes "
     "artifact_bytes projected_artifact_bytes code_bytes code_bytes_raw "
     "total_bytes budget_bytes fits_budget bytes_by_role seconds "
     "max_wallclock_seconds wallclock_used_seconds within_wallclock max_eval_seconds within_eval "
-    "compressors_bpb backends fallbacks attention compile cuda_graphs recompilations dtype interrupted aborted versions"
+    "compressors_bpb backends fallbacks attention compile cuda_graphs recompilations dtype "
+    "interrupted aborted diverged versions"
 ).split()
 OPTIONAL_FIELDS = ("mfu",)  # of devices whose peak is known
+# What was measured once: to go on with a run that has its result already measures it no better.
+MEASURED = (  # noqa: SIM905
+    "started_at command train_seconds step_ms tflop_per_s mfu peak_memory_bytes checkpoints checkpoint_seconds "
+    "recompilations seconds wallclock_used_seconds within_wallclock within_eval"
+).split()
 
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM came."""
 
 
-class Aborted(PgolfError):
-    """The early validation was worse than ABORT_BPB. The run ends with status 3, its summary written."""
+class Ended(PgolfError):
+    """A rule ended the run. It ends with `status`, its summary written, in which the field `name` is true."""
+
+    name, status = "", 0
 
 
-class Run:
-    """Use as a context: it opens the folder, catches the two signals, and leaves a valid summary and report behind."""
+class Aborted(Ended):
+    """The early validation was worse than ABORT_BPB."""
+
+    name, status = "aborted", 3
+
+
+class Diverged(Ended):
+    """Loss or weights are not finite any more."""
+
+    name, status = "diverged", 5
+
+
+OVER_BUDGET = 4  # status of a run that is whole, but larger or slower than it was allowed to be
+
+
+class Run(RunLog):
+    """Use as a context: it takes the folder, catches the two signals, and leaves a valid summary and report behind.
+
+    A file that cannot be written does not end the run, but for the artifact: it is warned about, and the run ends with
+    status 2 when all the rest is written.
+    """
 
     def __init__(self, settings: Settings, ranks: Ranks):
+        super().__init__(settings.run_folder)
         self.settings, self.ranks = settings, ranks
-        self.folder = Path(os.fsdecode(ranks.agree_bytes(os.fsencode(settings.run_folder))))  # its name has the time
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.before: dict[str, Any] = {}  # the summary of the sitting that is gone on with
         self.summary: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)
         self.signal: int | None = None
         self.deferring = False
         cuda = ranks.device.type == "cuda"
         self.note(
-            run_id=settings.run_id,
             preset=settings.preset,
             seed=settings.seed,
+            started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+            command=shlex.join(sys.argv),
             device=ranks.device.type,
             device_name=torch.cuda.get_device_name() if cuda else cpu_name(),
+            threads=torch.get_num_threads(),
             world_size=ranks.world_size,
             budget_bytes=settings.budget_bytes,
             max_wallclock_seconds=settings.max_wallclock_seconds,
             max_eval_seconds=settings.max_eval_seconds,
+            checkpoints=0,
+            checkpoint_seconds=0.0,
             interrupted=False,
             aborted=False,
-            versions=versions(),
+            diverged=False,
         )
 
     def __enter__(self) -> "Run":
+        name = b""
         if self.ranks.first:
-            make_folder(self.folder)
-            if (self.folder / "settings.json").exists() and not self.settings.resume:
-                raise UserError(
-                    f"RUN_ID={self.settings.run_id}: {self.folder} holds a run already; choose another name"
-                )
-            write_json(self.folder / "settings.json", self.settings.model_dump())
+            try:
+                self._take_folder()
+                name = os.fsencode(self.folder)
+            except UserError as error:
+                name = b"\0" + os.fsencode(str(error))  # no path begins like this
+        name = self.ranks.agree_bytes(name)  # it may have the time in it
+        if name.startswith(b"\0"):
+            raise UserError(os.fsdecode(name[1:]))
+        self.folder = Path(os.fsdecode(name))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        if self.own and self.own.notice:
+            self.log(self.own.notice)
         for name, value in sorted(self.settings.model_dump().items()):
             self.log(f"setting {name}:{value}", console=False)
         return self
 
+    def _take_folder(self) -> None:
+        settings = self.settings
+        self.own = claim(
+            settings.out_dir, settings.run_id, default_name(settings.preset, settings.seed), bool(settings.resume)
+        )
+        self.folder = self.own.path
+        self.settings = settings.model_copy(update={"run_id": self.folder.name})
+        self.note(run_id=self.folder.name, versions=versions(), cpu_level=cpu_levels(), commit=git_commit())
+        if settings.resume:
+            self.before = read_summary(self.folder)
+            seconds = self.before.get("seconds")
+            if isinstance(seconds, dict) and not self._had_result:
+                self.seconds = {name: value for name, value in seconds.items() if isinstance(value, float)}
+        try:
+            write_json(self.folder / "settings.json", self.settings.model_dump())
+        except UserError:
+            self.own.forget()
+            raise
+
+    @property
+    def _had_result(self) -> bool:
+        """Whether the run that is gone on with was through."""
+        return self.before.get("val_bpb_quantized") is not None
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self.deferring = True  # a further signal must not tear what is written now
+        try:
+            self._end(error)
+        finally:
+            if self.own:
+                self.own.log.close()
+                self.own = None
+
+    def _end(self, error: BaseException | None) -> None:
         if isinstance(error, Interrupted):
             self.note(interrupted=True)
             self.close()
-            if (self.folder / CHECKPOINT).exists():
-                self.log(f"interrupted; go on with RESUME={self.folder}")
-            else:
-                self.log("interrupted before training began; nothing to resume")
+            self.log(f"interrupted{self._how_to_go_on()}")
             sys.exit(128 + (self.signal or signal.SIGTERM))
-        if isinstance(error, Aborted):
-            self.note(aborted=True)
+        if isinstance(error, Ended):
+            self.note(**{error.name: True})
             self.close()
-            self.log(f"aborted: {error}")
-            sys.exit(3)
-        if isinstance(error, PgolfError):
-            self._forget()
+            self.log(f"{error.name}: {error}")
+            self._leave_together(error.status)
+        if isinstance(error, PgolfError) and self.own:
+            self._end_refused(error)
+        if error is None:
+            self._end_whole()
+
+    def _end_refused(self, error: PgolfError) -> None:
+        """Leave no folder behind for a run that was refused before it did anything, and else all there is to keep."""
+        assert self.own
+        if {path.name for path in self.folder.iterdir()} <= {"settings.json", "train.log"} and not self.before:
+            self.own.forget()
+            return
+        self.note(interrupted=True)
+        self.close()
+        if isinstance(error, WriteError):
+            raise UserError(f"{error}; {self._safe()}") from error
+        if isinstance(error, LostProcess):
+            self.log(f"stopped{self._how_to_go_on()}")
+
+    def _end_whole(self) -> None:
+        """Status 2 when a file is missing, 4 when a budget was missed."""
+        missed = self._missed_budgets()
+        if missed and self.own:
+            self.tell(f"over budget: {'; '.join(missed)}")
+        (over,) = self.ranks.agree(len(missed))
+        if self.unwritten:
+            files = ", ".join(f"{path.name} ({reason})" for path, reason in self.unwritten.items())
+            raise UserError(f"not all could be written: {files}; {self._safe()}")
+        if over:
+            self._leave_together(OVER_BUDGET)
+
+    def _missed_budgets(self) -> list[str]:
+        summary, settings = self.summary, self.settings
+        missed = []
+        if summary["fits_budget"] is False:
+            missed.append(
+                f"{summary['total_bytes']:,} bytes of artifact and code, BUDGET_BYTES={settings.budget_bytes}"
+            )
+        if settings.artifact_bytes and (summary["artifact_bytes"] or 0) > settings.artifact_bytes:
+            missed.append(f"{summary['artifact_bytes']:,} bytes of artifact, ARTIFACT_BYTES={settings.artifact_bytes}")
+        if summary["within_wallclock"] is False:
+            used = summary["wallclock_used_seconds"]
+            missed.append(f"{used:.1f} s of training, MAX_WALLCLOCK_SECONDS={settings.max_wallclock_seconds:g}")
+        if summary["within_eval"] is False:
+            missed.append(f"the evaluation took longer than MAX_EVAL_SECONDS={settings.max_eval_seconds:g}")
+        return missed
+
+    def _leave_together(self, status: int) -> None:
+        """All ranks with one status, when the first has written everything: the launcher ends all after one."""
+        with contextlib.suppress(LostProcess):
+            self.ranks.wait()
+        if self.ranks.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, to those that are a moment behind
+        sys.exit(status)
+
+    def _how_to_go_on(self) -> str:
+        if checkpoint.candidates(self.folder):
+            return f"; go on with RESUME={self.folder}"
+        return " before its first checkpoint; nothing to resume"
+
+    def _safe(self) -> str:
+        names = (ARTIFACT, CHECKPOINT, checkpoint.PREVIOUS, "summary.json", "report.html", "metrics.jsonl", "train.log")
+        there = [name for name in names if (self.folder / name).exists() and self.folder / name not in self.unwritten]
+        return f"safe in {self.folder}: {', '.join(there) or 'nothing'}"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # torchrun repeats what the terminal sent
@@ -117,11 +247,6 @@ class Run:
         self.signal = number
         if not self.deferring:
             raise Interrupted
-
-    def _forget(self) -> None:
-        """Leave no folder behind for a run that was refused before it did anything."""
-        if self.ranks.first and {path.name for path in self.folder.iterdir()} <= {"settings.json", "train.log"}:
-            shutil.rmtree(self.folder)
 
     @contextmanager
     def deferring_signals(self):
@@ -143,26 +268,12 @@ class Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def log(self, line: str, console: bool = True) -> None:
-        if not self.ranks.first:
-            return
-        if console:
-            print(line, flush=True)
-        with open(self.folder / "train.log", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def metric(self, kind: str, **values: float) -> None:
-        if self.ranks.first:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, **values}) + "\n")
-
-    def log_score(self, step: int, score: Score, train_seconds: float) -> None:
-        """A validation in the community's words, and as a metric."""
-        self.log(
-            f"step:{step}/{self.settings.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-            f"train_time:{1000 * train_seconds:.0f}ms step_avg:{1000 * train_seconds / max(step, 1):.2f}ms"
-        )
-        self.metric("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_seconds=train_seconds)
+    def warn_of_budget(self, code_bytes: int) -> None:
+        """Before the work, of a budget that is going to be missed."""
+        settings = self.settings
+        if settings.artifact_bytes + code_bytes > settings.budget_bytes:
+            asked = f"ARTIFACT_BYTES={settings.artifact_bytes} and " if settings.artifact_bytes else ""
+            self.warn(f"{asked}{code_bytes} bytes of code are over BUDGET_BYTES={settings.budget_bytes}")
 
     def note(self, **values: Any) -> None:
         """Set fields of the summary."""
@@ -172,13 +283,23 @@ class Run:
 
     def close(self) -> None:
         """Write summary and report."""
-        self.seconds["total"] = time.perf_counter() - self.started
-        if not self.ranks.first:
+        self.seconds["total"] = self.seconds.pop("total", 0.0) + time.perf_counter() - self.started
+        self.started = time.perf_counter()
+        if not self.own:
             return
         self.note(backends=ops.used(), fallbacks=ops.fallbacks())
         self.note(seconds={name: round(value, 3) for name, value in self.seconds.items()})
-        write_json(self.folder / "summary.json", self.summary)
-        write_report(self.folder)
+        if self._had_result:
+            self.summary.update({name: self.before[name] for name in MEASURED if name in self.before})
+        elif self.before.get("started_at"):
+            self.note(started_at=self.before["started_at"])
+        with self.kept():
+            write_json(self.folder / "summary.json", finite(self.summary))
+            self.attempt("the report", self._write_report)  # it is made from the summary
+
+    def _write_report(self) -> None:
+        with self.kept():
+            write_report(self.folder)
 
 
 def settings_of_run(cuda: bool) -> Settings:
@@ -188,7 +309,7 @@ def settings_of_run(cuda: bool) -> Settings:
         return load_settings(cuda=cuda)
     folder = Path(resume)
     path = folder / "settings.json"
-    if not (folder / CHECKPOINT).is_file() or not path.is_file():
+    if not checkpoint.candidates(folder) or not path.is_file():
         raise UserError(f"RESUME={folder}: no {CHECKPOINT} there; name the folder of an interrupted run")
     saved = read_settings(path)
     asked = load_settings(preset=saved.preset, cuda=cuda).model_dump(exclude={"run_id", "out_dir", "resume"})
@@ -206,13 +327,3 @@ def read_settings(path: Path) -> Settings:
         return validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not the settings of a run ({error})") from None
-
-
-def versions() -> dict[str, str]:
-    found = {"pgolf": pgolf.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "numpy", "sentencepiece", "brotli", "zstandard"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -7,7 +7,6 @@ its unit, which `pgolf settings` prints too. A value out of range, or values tha
 """
 
 import os
-import time
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -67,7 +66,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     preset: Text = says("baseline", "a named system; `pgolf presets` lists them")
-    run_id: Text = says("", "name of the run's folder; empty: <time>-<preset>-s<seed>")
+    run_id: Text = says("", "name of the run's folder; empty: <time>-<preset>-s<seed>, -2 where taken")
     out_dir: Text = says("runs", "folder of the runs' folders")
     resume: Text = says("", "folder of an interrupted run to go on with; several machines must share it")
 
@@ -224,6 +223,7 @@ class Settings(BaseModel):
     fused_glue: Switch = says("auto", "fused operations between matrix products: pgolf/model/glue.py")
     compile: Switch = says("auto", "torch.compile; auto: on where there is a GPU")
     cuda_graphs: Switch = says("auto", "replay forward and backward: pgolf/cuda_graphs.py")
+    checkpoint_minutes: float = real(1.0, 0, 10_000, "of training between two checkpoints; 0: only one at the end")
     process_timeout_seconds: float = above(
         300.0, 0, MOST_SECONDS, "seconds to wait for another process, longer than it compiles"
     )
@@ -266,7 +266,7 @@ def load_settings(environ: Mapping[str, str] | None = None, preset: str | None =
         preset: where environ names none; None: the best system whose data is there with `cuda`, else "demo".
         cuda: whether there is a GPU, for that choice.
     Returns:
-        `Settings`, frozen; `run_id` is made up where none is given.
+        `Settings`, frozen; `run_id` is empty where none is given: a run makes it when it takes its folder.
     Raises:
         UserError: one line for whatever cannot be used: a wrong value, an unknown preset, settings that contradict each
             other, a variable one slip away from a field's name, an entry's setting that has no counterpart here.
@@ -282,10 +282,7 @@ def load_settings(environ: Mapping[str, str] | None = None, preset: str | None =
     preset = given.pop("preset", None) or preset or default_preset(cuda)
     if preset not in PRESETS:
         raise UserError(f"PRESET={one_line(preset, 80)}: no such preset; accepted are {', '.join(sorted(PRESETS))}")
-    settings = validate({"preset": preset, **PRESETS[preset], **given})
-    if settings.run_id:
-        return settings
-    return settings.model_copy(update={"run_id": f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}-s{settings.seed}"})
+    return validate({"preset": preset, **PRESETS[preset], **given})
 
 
 def given_settings(environ: Mapping[str, str]) -> dict[str, str]:

@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 
-from pgolf import cuda_graphs
+from pgolf import checkpoint, cuda_graphs
 from pgolf.averaging import make_average
+from pgolf.checkpoint import CHECKPOINT
+from pgolf.checkpoint_writer import CheckpointWriter
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
 from pgolf.data.prefetch import Loader
 from pgolf.data.tokenizer import ByteTable
 from pgolf.distributed import LostProcess, Ranks
-from pgolf.errors import UserError
+from pgolf.errors import ScoreError, UserError
 from pgolf.evaluate import Score
-from pgolf.files import replacing
 from pgolf.losses import TrainingLoss
 from pgolf.machine import allow_compilations, compilations
 from pgolf.model import Model
 from pgolf.optim import make_optimisers
 from pgolf.qat import FakeQuantize
-from pgolf.run import CHECKPOINT, Aborted, Interrupted, Run
+from pgolf.run import Aborted, Diverged, Interrupted, Run
 from pgolf.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
 from pgolf.settings import Settings
-from pgolf.train_log import TrainLog
+from pgolf.train_log import DIVERGED_STEPS, TrainLog
 from pgolf.utilisation import flops_per_token, performance
 
 LAG = 2  # steps that a GPU may still have before it when the clock is read
@@ -62,6 +63,7 @@ class Trainer:
             allow_compilations(GRAPHS)
             options: dict[str, Any] = {"triton.cudagraphs": True} if self.cuda_graphs else {}
             self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False, options=options)
+        self.writer = CheckpointWriter(run.folder, run.log, run.warn)
         self.step = 0
         self.flops = 0  # of all steps, on all ranks together
         self.used_seconds = 0.0  # of the wall-clock budget
@@ -133,10 +135,15 @@ class Trainer:
                 self._train(validate)
             except LostProcess as error:
                 raise error.during(f"step {self.step}") from error
+            finally:  # what an interrupted run has to tell, too
+                tokens = self.step * settings.train_batch_tokens
+                run.note(steps=self.step, tokens_seen=tokens, train_seconds=self.used_seconds)
         found = performance(self.flops, self.used_seconds, self.step, self.ranks.world_size, self.device)
         run.note(recompilations=compilations() - graphs, **found)
         run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
         self.model.fake_quantize = None
+        if not self._finite():
+            raise self._diverged("its weights are not finite")
         if self.average:
             self.average.copy_to_parameters()
 
@@ -146,20 +153,36 @@ class Trainer:
         marks: deque[Any] = deque(maxlen=LAG + 1 if watch.cuda else 1)  # after each of the latest steps
         log = TrainLog(run, settings, watch)
         talk_at = self.step
+        saved_at, between = self.used_seconds, 60 * settings.checkpoint_minutes
         while True:
             if self.step == talk_at or (run.signal is not None and self.ranks.world_size == 1):
                 if marks:
                     clock.read(watch.seconds(marks[0]) + (len(marks) - 1) * clock.mean)
-                (elapsed, mean, slowest, steps), signalled = self.ranks.share(
-                    clock.elapsed, clock.mean, clock.slowest, clock.steps_ahead(limit), flag=run.signal is not None
+                (elapsed, mean, slowest, steps, lost), signalled = self.ranks.share(
+                    clock.elapsed,
+                    clock.mean,
+                    clock.slowest,
+                    clock.steps_ahead(limit),
+                    float(log.diverged),
+                    flag=run.signal is not None,
                 )
                 self.used_seconds, self.step_seconds, talked = elapsed, slowest, self.step
+                if lost:
+                    raise self._diverged(f"the loss has not been finite for {DIVERGED_STEPS} steps")
                 if signalled:
                     log.write_all()
                     self.save()
                     raise Interrupted
                 if not steps or self.step >= settings.iterations:
                     break
+                if between and elapsed - saved_at >= between and limit - elapsed > between / 2:
+                    saved_at = elapsed
+                    log.write_all()
+                    clock.read(watch.pause())
+                    self.used_seconds = clock.elapsed
+                    self.save(beside=True)
+                    marks.clear()
+                    watch.resume()
                 talk_at = min(self.step + int(steps), settings.iterations)
             # Between two talks all ranks go by the same guess of the time.
             used = used_fraction(settings, self.step, elapsed + (self.step - talked) * mean, limit)
@@ -178,9 +201,8 @@ class Trainer:
             )
             if self.average:
                 self.average.update(self.step, used)
-            marks.append(watch.mark())
+            marks.append(log.add(self.step, loss, scale))
             clock.tick(time.perf_counter() - begin)
-            log.add(self.step, loss, scale)
             if self.step == settings.abort_step or (
                 settings.val_loss_every and self.step % settings.val_loss_every == 0
             ):
@@ -200,11 +222,15 @@ class Trainer:
         """Score the weights as they are, not rounded. `Aborted` after ABORT_STEP if they are worse than ABORT_BPB."""
         settings, quantized = self.settings, self.model.fake_quantize
         self.model.fake_quantize = None
-        score = validate()
+        try:
+            score = validate()
+        except ScoreError as error:
+            raise self._diverged(str(error)) from None
         self.model.fake_quantize = quantized
-        self.run.log_score(self.step, score, seconds)
+        self.run.log_score(self.step, settings.iterations, score, seconds)
         if self.step == settings.abort_step and settings.abort_bpb and not score.bpb <= settings.abort_bpb:
-            self.run.note(steps=self.step, train_seconds=seconds, val_loss_float=score.loss, val_bpb_float=score.bpb)
+            self.used_seconds = seconds
+            self.run.note(val_loss_float=score.loss, val_bpb_float=score.bpb)
             raise Aborted(f"step {self.step}: val_bpb {score.bpb:.4f} is above ABORT_BPB={settings.abort_bpb:g}")
 
     def calibration_batches(self) -> Iterator[MicroBatch]:
@@ -250,12 +276,24 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def save(self) -> None:
-        """Write the checkpoint, from the first rank. All ranks must call it: each has a part of the momentum."""
+    def _diverged(self, what: str) -> Diverged:
+        self.writer.settle()
+        kept = [path.name for path in checkpoint.candidates(self.run.folder)]
+        return Diverged(f"step {self.step}: {what}; kept: {', '.join(kept) or 'no checkpoint, for none was due'}")
+
+    def _finite(self) -> bool:
+        """Whether weights and averages are, on all ranks; waits for the device."""
+        values = [*self.parameters, *(self.average.average if self.average else [])]
+        finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
+        return not self.ranks.any(not bool(finite))
+
+    def save(self, beside: bool = False) -> None:
+        """Write the checkpoint, from the first rank; with `beside`, while training goes on. All ranks must call it:
+        each has a part of the momentum."""
         optimisers = self.optimisers.state_dict()
         if not self.ranks.first:
             return
-        state: dict[str, Any] = {
+        state = {
             "model": self.model.state_dict(),
             "optimisers": optimisers,
             "average": self.average.state_dict() if self.average else None,
@@ -264,20 +302,25 @@ class Trainer:
             "flops": self.flops,
             "used_seconds": self.used_seconds,
         }
-        with replacing(self.run.folder / CHECKPOINT) as file:
-            torch.save(state, file)
+        (self.writer.begin if beside else self.writer.write)(state)
+        self.run.note(checkpoints=self.writer.count, checkpoint_seconds=round(self.writer.stopped_seconds, 3))
 
     def load(self) -> None:
         """Go on from the run folder's checkpoint. Call after `warm_up`."""
-        path = self.run.folder / CHECKPOINT
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimisers.load_state_dict(state["optimisers"])
-            if self.average:
-                self.average.load_state_dict(state["average"])
-            self.loader.load_state_dict(state["loader"])
-            self.step, self.flops, self.used_seconds = state["step"], state["flops"], state["used_seconds"]
-        except Exception as error:  # whatever a damaged file makes torch raise
-            raise UserError(f"{path}: not a checkpoint of these settings ({str(error).splitlines()[0]})") from None
+        path = checkpoint.load_first(
+            self.run.folder, self._restore, self.run.warn, agreed=lambda fine: not self.ranks.any(not fine)
+        )
+        self.writer.keep_old = path.name == CHECKPOINT
         self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")
+
+    def _restore(self, state: checkpoint.State) -> None:
+        """Take over a state; `ValueError` where it is not one of this model, these optimisers and this data."""
+        checkpoint.check_tensors("model", state["model"], self.model.state_dict())
+        if (state["average"] is None) != (self.average is None):
+            raise ValueError("average: these settings have one, or that run had")
+        self.model.load_state_dict(state["model"])
+        self.optimisers.load_state_dict(state["optimisers"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.flops, self.used_seconds = state["step"], state["flops"], state["used_seconds"]

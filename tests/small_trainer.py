@@ -43,10 +43,13 @@ class SilentRun:
     def log(self, line, console=True):
         self.lines.append(line)
 
+    def warn(self, line):
+        self.lines.append(f"warning: {line}")
+
     def metric(self, kind, **values):
         pass
 
-    def log_score(self, step, score, train_seconds):
+    def log_score(self, step, iterations, score, train_seconds):
         self.scored.append(step)
 
     def note(self, **values):

@@ -23,6 +23,7 @@ import pgolf
 from pgolf import coder, ops, streams
 from pgolf.artifact import ROLES, StoredTensor, read_artifact, write_artifact
 from pgolf.errors import ArtifactError
+from pgolf.files import WriteError
 from pgolf.stored_tensor import dtype_of
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
@@ -390,7 +391,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.pgolf"
     write_artifact(path, model(), {"which": "old"})
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match="No space"):
         write_artifact(path, model(), {"which": "new"})
     monkeypatch.undo()
     assert read_artifact(path).metadata == {"which": "old"}

@@ -15,6 +15,7 @@ import pytest
 
 from pgolf.errors import UserError
 from pgolf.report import headline, read_metrics, write_report
+from pgolf.settings import load_settings
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -200,7 +201,7 @@ def test_complete_run_shows_every_number(run_folder):
     path = write_report(fake_run(run_folder, summary))
     assert path == run_folder / "report.html"
     page = check(path.read_text())
-    assert len(page.svgs) == 8  # four drawings in two widths
+    assert len(page.svgs) == 10  # five drawings in two widths
     text = page.text
     for name in ("val_bpb_quantized", "val_bpb_float", "val_loss_float", "val_loss_quantized"):
         assert f"{summary[name]:.4f}" in text, name
@@ -391,3 +392,53 @@ def test_long_run_stays_small_and_quick(run_folder):
 def test_importing_the_report_does_not_import_matplotlib():
     code = "import sys, pgolf.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_that_differ_from_the_preset_come_first_and_are_marked(run_folder):
+    settings = load_settings({"PRESET": "demo", "MATRIX_LR": "0.0123", "LN_SCALE": "1"}).model_dump()
+    settings |= {"run_id": "one", "a_setting_of_old": 3}
+    preset = load_settings({"PRESET": "demo"}).model_dump()
+    page = check(write_report(fake_run(run_folder, settings=settings)).read_text())
+    assert "2 settings differ from the preset; they come first." in page.text
+    changed = [index for index, (_, name, value) in enumerate(page.attributes) if (name, value) == ("class", "changed")]
+    assert len(changed) == 2
+    first = page.text.partition("they come first.")[2].split()
+    assert first[:4] == ["ln_scale", "yes", "(preset:", "no)"]
+    assert f"matrix_lr 0.0123 (preset: {preset['matrix_lr']:g})" in page.text
+    assert "a_setting_of_old 3" in page.text
+
+
+def test_measurements_have_units(run_folder):
+    summary = fake_summary(peak_memory_bytes=936_329_216, cpu_level={"torch": "AVX2", "pgolf": "avx2"})
+    text = check(write_report(fake_run(run_folder, summary)).read_text()).text
+    assert "peak_memory_bytes 936 MB" in text
+    assert "train_seconds 141.37 s" in text
+    assert "step_ms 995.6 ms" in text
+    assert "cpu_level torch AVX2, pgolf avx2" in text
+    big = fake_summary(peak_memory_bytes=61_234_567_890)
+    assert "61.2 GB" in check(write_report(fake_run(run_folder, big)).read_text()).text
+
+
+def test_a_small_file_is_drawn_once_more_where_its_parts_can_be_read(run_folder):
+    page = check(write_report(fake_run(run_folder)).read_text())
+    bars = [svg for svg in page.svgs if "bytes used" in svg]
+    assert len(bars) == 4
+    assert all(">attention<" in svg and ">mlp<" in svg for svg in bars[2:])
+    assert "4.54 times as wide" in page.text
+    assert "times as wide" not in check(write_report(fake_run(run_folder, oversized_summary())).read_text()).text
+
+
+def test_a_long_label_fits_a_narrow_page(run_folder):
+    """It is wrapped: a line is at most as wide as what is left of the bars."""
+    page = check(write_report(fake_run(run_folder, fake_summary(val_bpb_ngram=1.9))).read_text())
+    wide, narrow = (svg for svg in page.svgs if "with n-gram cache 1.9" in svg)
+    assert ">after quantisation, with n-gram cache<" in wide
+    labels = re.findall(r"<(?:text|tspan)[^>]*>([^<]+)<", narrow)
+    assert "after quantisation, with n-gram cache" not in labels
+    assert max(len(label) for label in labels) * 6.7 < 0.5 * 340
+
+
+def test_how_a_run_ended_is_told(run_folder):
+    for name in ("interrupted", "aborted", "diverged"):
+        text = check(write_report(fake_run(run_folder, fake_summary(**{name: True}))).read_text()).text
+        assert {"interrupted": "was interrupted", "aborted": "ABORT_BPB", "diverged": "run diverged"}[name] in text

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -62,7 +63,12 @@ def test_summary_is_complete_and_adds_up(finished):
     folder, _ = finished
     summary = summary_of(folder)
     assert list(summary) == SUMMARY_FIELDS
-    assert [name for name, value in summary.items() if value is None] == []
+    assert [name for name, value in summary.items() if value is None and name != "commit"] == []
+    assert datetime.fromisoformat(summary["started_at"]).tzinfo is not None
+    assert "train_gpt.py" in summary["command"]
+    assert summary["threads"] == 1
+    assert summary["cpu_level"].keys() == {"torch", "pgolf"}
+    assert summary["checkpoints"] == 1  # at the end; it took no minute
     assert summary["artifact_bytes"] == (folder / "model.pgolf").stat().st_size
     assert summary["total_bytes"] == summary["artifact_bytes"] + summary["code_bytes"]
     assert sum(summary["bytes_by_role"].values()) == summary["budget_bytes"] == 16_000_000
@@ -260,21 +266,30 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(finished, tmp_path, tiny
     folder = tmp_path / "again"
     shutil.copytree(finished[0], folder)
     (folder / "model.pgolf").unlink()
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.previous.pt")  # killed while it took its name, too
     result = run_script(tmp_path, {"RESUME": str(folder), "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
-    assert summary_of(folder)["val_bpb_quantized"] == summary_of(finished[0])["val_bpb_quantized"]
+    before, after = summary_of(finished[0]), summary_of(folder)
+    assert after["val_bpb_quantized"] == before["val_bpb_quantized"]
     assert (folder / "model.pgolf").read_bytes() == (finished[0] / "model.pgolf").read_bytes()
+    for name in ("seconds", "train_seconds", "step_ms", "peak_memory_bytes", "started_at", "wallclock_used_seconds"):
+        assert after[name] == before[name], name
 
 
-def test_a_killed_run_leaves_no_torn_file(tmp_path, tiny_environ):
-    environ = {**tiny_environ, "RUN_ID": "cut", "ITERATIONS": "3000", "TRAIN_LOG_EVERY": "1"}
-    status, _ = interrupt(tmp_path, environ, signal.SIGKILL, after="step:3/")
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, tiny_environ):
+    often = {"CHECKPOINT_MINUTES": "0.0005", "TRAIN_LOG_EVERY": "1", "ITERATIONS": "3000"}
+    status, _ = interrupt(tmp_path, {**tiny_environ, "RUN_ID": "cut", **often}, signal.SIGKILL, after="checkpoint: ")
     assert status == -signal.SIGKILL
     folder = tmp_path / "cut"
     json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     assert not (folder / "model.pgolf").exists()
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         json.loads(line)
+    (folder / ".checkpoint.pt.cut.tmp").write_bytes(b"torn")
+    status, output = interrupt(tmp_path, {"RESUME": "cut", "OMP_NUM_THREADS": "1"}, signal.SIGINT, after="resumed: ")
+    assert status == 128 + signal.SIGINT
+    assert int(output.partition("resumed: step:")[2].split()[0]) > 0
+    assert not list(folder.glob(".*"))
 
 
 BAD_INPUT = {
@@ -320,14 +335,6 @@ def test_a_run_id_is_not_used_twice(finished, tmp_path, tiny_environ, monkeypatc
     environ = {**tiny_environ, "OUT_DIR": str(finished[0].parent), "RUN_ID": "whole"}
     assert_refused(environ, "RUN_ID=whole", tmp_path, monkeypatch, capsys)
     assert summary_of(finished[0])["interrupted"] is False
-    killed = tmp_path / "runs" / "killed"  # before it could write more than this
-    killed.mkdir(parents=True)
-    for name in ("settings.json", "train.log"):
-        (killed / name).write_text("kept")
-    assert_refused(
-        {**environ, "OUT_DIR": str(killed.parent), "RUN_ID": "killed"}, "RUN_ID=killed", tmp_path, monkeypatch, capsys
-    )
-    assert {path.read_text() for path in killed.iterdir()} == {"kept"}
 
 
 def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path):

@@ -126,10 +126,6 @@ def test_unknown_field_in_a_settings_file_is_named():
         validate({"colour": 1})
 
 
-def test_run_ids_are_made_from_time_preset_and_seed():
-    assert load_settings({"PRESET": "demo", "SEED": "7"}).run_id.endswith("-demo-s7")
-
-
 def test_an_early_validation_may_come_alone_if_that_is_said():
     settings = load_settings({"PRESET": "demo", "ABORT_STEP": "3", "ABORT_BPB": "0"})
     assert validate(settings.model_dump()) == settings

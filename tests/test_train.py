@@ -19,7 +19,6 @@ from pgolf.errors import ArtifactError, UserError
 from pgolf.evaluate import Score
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
 from pgolf.run import Aborted, Interrupted
-from pgolf.schedule import lr_scale, used_fraction
 from pgolf.utilisation import flops_per_token
 
 CPU = torch.device("cpu")
@@ -144,34 +143,6 @@ def test_a_budget_below_one_step_is_refused(trainer):
         t.train(no_score)
 
 
-def test_checkpoint_continues_exactly(trainer):
-    whole = trainer(ITERATIONS="6")
-    whole.train(no_score)
-    first = trainer(ITERATIONS="6")
-    for _ in range(3):
-        used = used_fraction(first.settings, first.step, 0.0, first.train_limit_seconds)
-        first.take_step(lr_scale(first.settings, used))
-        first.step += 1
-        first.average.update(first.step, used)
-    first.save()
-    second = trainer(ITERATIONS="6")
-    second.warm_up()
-    second.load()
-    assert second.step == 3
-    second.train(no_score)
-    torch.testing.assert_close(weights(second), weights(whole), rtol=1e-6, atol=1e-7)
-
-
-def test_a_damaged_checkpoint_is_one_line(trainer, tmp_path):
-    t = trainer()
-    t.save()
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint") as error:
-        t.load()
-    assert "\n" not in str(error.value)
-
-
 STAGES = {
     "ITERATIONS": "12",
     "LOADER": "documents",
@@ -293,7 +264,7 @@ def test_the_host_waits_only_for_what_lies_steps_back(trainer, monkeypatch):
     t.warm_up()
     t.train(no_score)
     (watch,) = watches
-    *during, last = watch.waited[:-2]  # the end waits for everything
+    *during, last = watch.waited[:-3]  # the end waits for everything
     assert len(during) > 10
     assert min([*during, last]) >= 2
     steps = [int(line.split("/")[0].removeprefix("step:")) for line in t.run.lines if line.startswith("step:")]
@@ -308,6 +279,7 @@ def test_a_gpu_is_waited_for_at_no_step_and_nothing_is_compiled_after_warm_up(tr
     assert t.compiled
     t.warm_up()
     monkeypatch.setattr(t, "save", lambda: None)  # it copies to the host
+    monkeypatch.setattr(t, "_finite", lambda: True)  # looked at once, at the end
     torch.cuda.set_sync_debug_mode("error")
     try:
         t.train(no_score)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pgolf.data.batch import Batch
-from pgolf.data.loader import check_identity, check_shares, generator, open_shards, outside_vocabulary
+from pgolf.data.loader import check_identity, check_shares, generator, open_shards, outside_vocabulary, whole_numbers
 from pgolf.errors import DataError
 
 SCAN = 1 << 20  # tokens looked at once when a BOS is searched
@@ -81,7 +81,10 @@ class DocumentLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken, at any world size. `DataError` when it is of other data."""
         check_identity(state, self._identity())
-        self._place = Place(*(int(state[name]) for name in Place._fields))
+        place = Place(*whole_numbers(state, *Place._fields))
+        if place.shard >= len(self._tokens) or place.token >= len(self._tokens[self._shard(place)]):
+            raise DataError(f"cannot resume the data order: there is no {place}")
+        self._place = place
 
     def _identity(self) -> dict[str, Any]:
         sizes = [len(tokens) for tokens in self._tokens]

@@ -91,9 +91,12 @@ class TokenLoader:
         `DataError` when the state belongs to other shards, another row length, another order or another seed.
         """
         check_identity(state, self._identity())
-        if state["epoch"] != self._epoch:
-            self._begin_epoch(int(state["epoch"]))
-        self._position = int(state["position"])
+        epoch, position = whole_numbers(state, "epoch", "position")
+        if epoch != self._epoch:
+            self._begin_epoch(epoch)
+        if position > self._windows:
+            raise DataError(f"cannot resume the data order: position {position} of {self._windows} windows")
+        self._position = position
 
     def _identity(self) -> dict[str, Any]:
         sizes = [len(tokens) for tokens in self._tokens]
@@ -174,6 +177,14 @@ def check_identity(state: dict[str, Any], mine: dict[str, Any]) -> None:
     for name, value in mine.items():
         if state.get(name) != value:
             raise DataError(f"cannot resume the data order: {name} was {state.get(name)} and is now {value}")
+
+
+def whole_numbers(state: dict[str, Any], *names: str) -> list[int]:
+    """The numbers of a loader's state by name, which a damaged file can make anything."""
+    for name in names:
+        if type(state.get(name)) is not int or not 0 <= state[name] < 2**63:
+            raise DataError(f"cannot resume the data order: {name} must be a whole number from 0 on")
+    return [state[name] for name in names]
 
 
 def outside_vocabulary(path: str | os.PathLike[str], token: int, index: int, vocab_size: int) -> DataError:

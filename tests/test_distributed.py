@@ -1,0 +1,49 @@
+"""How ranks wait for one that works alone. tests/test_sharding.py stops one for real."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pgolf.distributed import LostProcess, Ranks
+
+CPU = torch.device("cpu")
+
+
+class Sent:
+    def __init__(self, error: str = ""):
+        self.error = error
+
+    def wait(self):
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def test_each_sign_of_life_is_a_message_of_its_own(monkeypatch):
+    """So that the limit of one answer counts from the last sign, however long the first rank works."""
+    signs = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, root, async_op: signs.append(float(tensor)) or Sent())
+    first = Ranks(0, 2, CPU)
+    for _ in range(3):
+        first.alive()
+    first.alive(done=True)
+    assert signs == [0, 0, 0, 1]
+
+    def arrives(tensor, root, async_op):
+        tensor.fill_(signs.pop(0))
+        return Sent()
+
+    monkeypatch.setattr(dist, "broadcast", arrives)
+    Ranks(1, 2, CPU).wait_for_first()
+    assert signs == []
+
+
+def test_a_first_rank_without_a_sign_of_life_is_lost(monkeypatch):
+    answers = iter([Sent(), Sent(), Sent("[gloo.cc:9] Timed out waiting 300000ms for recv operation. More")])
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, root, async_op: next(answers))
+    with pytest.raises(LostProcess, match=r"^rank 1 lost a fellow process: Timed out waiting"):
+        Ranks(1, 2, CPU).wait_for_first()
+
+
+def test_one_rank_alone_sends_nothing(monkeypatch):
+    monkeypatch.setattr(dist, "broadcast", lambda *args, **kw: pytest.fail("was sent"))
+    Ranks(0, 1, CPU).alive(done=True)
