@@ -183,7 +183,7 @@ bool HintCounts::successors_add_up() {
 bool HintCounts::load(ByteReader& in) {
   if (!stream_.load(in, config_.vocab_size)) return false;
   in.get(stats_);
-  if (!contexts_.load(in) || !successors_.load(in) || stats_.tokens < stream_.position()) return false;
+  if (!contexts_.load(in) || !successors_.load(in) || !stream_.can_have_read(stats_.tokens)) return false;
   // All positions first: a search reads the tokens before the position of every context that it passes.
   const auto can_be = [&](const HintContext& context) {
     return context.owner > static_cast<uint32_t>(stream_.longest()) && context.owner - 1 < stream_.kept() &&

@@ -303,7 +303,7 @@ bool NgramCounts::load(ByteReader& in) {
     return can_be(context) && stands_for_its_tokens(context) &&
            contexts_.place(context.owner, context.token) == &context;
   });
-  if (others < 0 || stats_.contexts != direct + others || stats_.tokens < stream_.position()) return false;
+  if (others < 0 || stats_.contexts != direct + others || !stream_.can_have_read(stats_.tokens)) return false;
   if (!successors_add_up()) return false;
   if (!stream_.resets()) return true;
   contexts_.list_taken(touched_contexts_);

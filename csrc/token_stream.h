@@ -57,6 +57,9 @@ class TokenStream {
   const uint16_t* history() const { return history_.data(); }
   const uint16_t* recent_end() const { return recent_.data() + recent_.size(); }
 
+  // Whether so many tokens can have been read; no stream is long enough to count further.
+  bool can_have_read(uint64_t tokens) const { return tokens >= position_ && tokens <= uint64_t{1} << 62; }
+
   void save(ByteWriter& out) const {
     out.put(position_);
     out.put(reach_);
@@ -70,13 +73,12 @@ class TokenStream {
     in.get(recent_.data(), recent_.size());
     in.get(history_.data(), kept());
     const auto known = [=](uint16_t token) { return token < vocab_size; };
-    return in.good() && position_ <= most_positions && std::all_of(recent_.begin(), recent_.end(), known) &&
+    return in.good() && can_have_read(position_) && std::all_of(recent_.begin(), recent_.end(), known) &&
            std::all_of(history_.data(), history_.data() + kept(), known) && agrees();
   }
 
  private:
   static constexpr int64_t block_tokens = 1 << 14;
-  static constexpr uint64_t most_positions = uint64_t{1} << 62;  // of a snapshot: they are never counted out
 
   // Whether the last tokens are those on record, and as many as the next token's contexts can have.
   bool agrees() const {
