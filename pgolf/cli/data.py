@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from pgolf.presets import DEFAULT_TRAIN_SHARDS, DEMO_VOCAB_SIZE, FINEWEB
@@ -19,8 +20,25 @@ def add_parser(commands: Any) -> None:
     demo.add_argument("--root", default="data", help="folder for datasets/ and tokenizers/ (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    tokenize = commands.add_parser("tokenize", help="make shards of your own text files")
-    tokenize.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text; each file is a document")
+    tokenize = commands.add_parser(
+        "tokenize",
+        help="make shards of your own text",
+        description="Make shards and a tokenizer of text: each file is a document, and fewer than 10 are cut into "
+        'several; of JSONL each line\'s "text" is one.',
+    )
+    tokenize.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text, JSONL, a folder (all .txt, .text, .md, .rst, .jsonl and .ndjson files within, by name), or - "
+        "for standard input",
+    )
+    tokenize.add_argument(
+        "--format",
+        choices=("auto", "text", "jsonl"),
+        default="auto",
+        help="auto: .jsonl and .ndjson files are JSONL, all else and standard input is text (default: %(default)s)",
+    )
     tokenize.add_argument("--out", required=True, metavar="DIR", help="new folder for shards and tokenizer")
     which = tokenize.add_mutually_exclusive_group()
     which.add_argument(
@@ -66,7 +84,12 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
     return _tell(
         tokenize_files(
-            arguments.files, arguments.out, arguments.vocab_size, arguments.tokenizer, arguments.val_fraction
+            arguments.files,
+            arguments.out,
+            arguments.vocab_size,
+            arguments.tokenizer,
+            arguments.val_fraction,
+            arguments.format,
         )
     )
 
@@ -78,11 +101,12 @@ def _download(arguments: argparse.Namespace) -> int:
 
 
 def _tell(paths: "DataPaths") -> int:
-    """Print what to put before the training command."""
+    """Print what to put before the training command, as a shell takes it."""
     from pgolf.data.tokenizer import Tokenizer
 
     vocab_size = Tokenizer(paths.tokenizer_path).vocab_size
-    print(f"DATA_PATH={paths.data_path} TOKENIZER_PATH={paths.tokenizer_path} VOCAB_SIZE={vocab_size}")
+    data_path, tokenizer_path = (shlex.quote(str(path)) for path in (paths.data_path, paths.tokenizer_path))
+    print(f"DATA_PATH={data_path} TOKENIZER_PATH={tokenizer_path} VOCAB_SIZE={vocab_size}")
     return 0
 
 

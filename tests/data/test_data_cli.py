@@ -1,5 +1,6 @@
 import argparse
 import json
+import shlex
 
 import pytest
 
@@ -7,6 +8,7 @@ from pgolf.cli import data as cli
 from pgolf.data.download import VARIANTS
 from pgolf.data.prepare import DataPaths
 from pgolf.data.shards import write_shard
+from pgolf.data.texts import FORMATS, JSONL_SUFFIXES, TEXT_SUFFIXES
 from pgolf.errors import DataError
 from pgolf.presets import FINEWEB
 
@@ -35,6 +37,27 @@ def test_tokenize_then_inspect(tmp_path, demo, capsys):
     assert "problem" not in printed
     assert run("tokenize", tmp_path / "b.txt", "--out", tmp_path / "p", "--tokenizer", demo.tokenizer_path) == 0
     assert "VOCAB_SIZE=1024" in capsys.readouterr().out
+
+
+def test_the_line_is_what_a_shell_takes(tmp_path, capsys):
+    folder = tmp_path / "it's my text"
+    folder.mkdir()
+    for name in "ab":
+        text = f"Some words to learn from {name}.\n\n" * 1000
+        (folder / f"{name}.txt").write_text(text + "Line of another text.\n" * 99)
+    assert run("tokenize", folder, "--out", folder / "o $HOME", "--vocab-size", 330) == 0
+    words = shlex.split(capsys.readouterr().out)
+    model = folder / "o $HOME" / "o $HOME_330_bpe.model"
+    assert words == [f"DATA_PATH={folder / 'o $HOME'}", f"TOKENIZER_PATH={model}", "VOCAB_SIZE=330"]
+    assert model.is_file()
+
+
+def test_the_help_names_every_suffix(capsys):
+    with pytest.raises(SystemExit):
+        run("tokenize", "--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"{suffix}" in printed for suffix in TEXT_SUFFIXES + JSONL_SUFFIXES)
+    assert f"{{{','.join(FORMATS)}}}" in printed
 
 
 def test_inspect_as_json_and_with_problems(tmp_path, capsys):
