@@ -1,6 +1,7 @@
 """The data of one run: training shards, the validation split, and the bytes of text behind each of its tokens."""
 
 import lzma
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def check_origin(data_path: str, tokenizer: Tokenizer) -> bool:
 
 
 def shards_of(data_path: str, split: str) -> list[Path]:
-    if not Path(data_path).is_dir():
+    if not os.path.isdir(data_path):
         raise DataError(f"DATA_PATH={data_path}: no such folder; {how_to_get(data_path)}")
     shards = find_shards(data_path, split)
     if not shards:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _exact(path: Path, as_json: bool) -> int:
-    from pgolf.run import read_settings
+    from pgolf.saved_settings import read_settings
     from pgolf.settings import load_settings
     from pgolf.size import size_of_artifact
 
@@ -52,7 +52,7 @@ def _exact(path: Path, as_json: bool) -> int:
 
 
 def _projected(arguments: argparse.Namespace) -> int:
-    from pgolf.run import read_settings
+    from pgolf.saved_settings import read_settings
     from pgolf.settings import load_settings
     from pgolf.size import projected_size, weights_of_run
 

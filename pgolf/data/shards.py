@@ -107,6 +107,6 @@ def find_sidecars(folder: str | os.PathLike[str]) -> list[Path]:
 
 def _files(folder: str | os.PathLike[str], pattern: str) -> list[Path]:
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which, unlike Path's, refuses no name
         raise DataError(f"no data folder {folder}; `pgolf data demo` makes one, `pgolf data download` fetches FineWeb")
     return [path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(".")]
