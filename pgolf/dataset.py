@@ -115,6 +115,8 @@ def compressors_bpb(dataset: Dataset) -> dict[str, float]:
     """Bits per byte that general compressors need for the same validation text (its first part, where it is long)."""
     tokens = dataset.val_tokens[:COMPRESSOR_TOKENS]
     text = dataset.tokenizer.decode(tokens.tolist()).encode()
+    if not text:  # control pieces, for which a byte sidecar counts bytes
+        return {}
     part = "" if len(tokens) == len(dataset.val_tokens) else f" (first {len(text)} bytes)"
     sizes = {
         "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),

@@ -14,6 +14,7 @@ from pgolf.data.prepare import tokenize_files
 from pgolf.data.shards import find_shards, read_shard, write_shard
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.model import Model, ModelConfig, role_of
+from pgolf.run import settings_of_run
 from pgolf.saved_settings import STARTED_IN, read_settings, write_settings
 from pgolf.settings import load_settings
 
@@ -77,6 +78,18 @@ def test_a_run_of_before_is_found_by_where_it_lies(project, tmp_path, monkeypatc
     assert read_settings(path).data_path == str(project / "data")
 
 
+def test_a_run_is_resumed_from_any_folder(project, tmp_path, monkeypatch):
+    (project / "runs" / "r" / "checkpoint.pt").touch()
+    monkeypatch.setenv("RESUME", "project/runs/r")
+    monkeypatch.chdir(tmp_path)
+    settings = settings_of_run(cuda=False)
+    assert (settings.data_path, settings.out_dir) == (str(project / "data"), "project/runs")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("RESUME", "runs/r")
+    monkeypatch.setenv("DATA_PATH", "data")
+    assert settings_of_run(cuda=False).data_path == "data"
+
+
 @pytest.mark.parametrize("text", ["[]", "null", "7", "", "[" * 100_000, '{"seed": ' + "[" * 100_000, '{"seed": NaN}'])
 def test_settings_that_are_none_are_one_line(project, text, capsys):
     path = project / "runs" / "r" / "settings.json"
@@ -111,7 +124,7 @@ def test_shards_of_another_tokenizer_are_refused(project, made_up_text, capsys):
     assert main(["eval", "runs/r", "--data-path", str(other)]) == 0
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
-    assert "no prepared.json names its shards' tokenizer" in told[1]
+    assert "no prepared.json names the tokenizer" in told[1]
     assert main(["eval", "runs/r"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 

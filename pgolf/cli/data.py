@@ -2,13 +2,17 @@
 
 import argparse
 import json
+import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from pgolf.errors import one_line
 from pgolf.presets import DEFAULT_TRAIN_SHARDS, DEMO_VOCAB_SIZE, FINEWEB
 
 if TYPE_CHECKING:
     from pgolf.data.prepare import DataPaths
+
+LINE = 2000  # letters of a line that names files, at most
 
 
 def add_parser(commands: Any) -> None:
@@ -105,9 +109,16 @@ def _tell(paths: "DataPaths") -> int:
     from pgolf.data.tokenizer import Tokenizer
 
     vocab_size = Tokenizer(paths.tokenizer_path).vocab_size
-    data_path, tokenizer_path = (shlex.quote(str(path)) for path in (paths.data_path, paths.tokenizer_path))
+    data_path, tokenizer_path = (_quoted(str(path)) for path in (paths.data_path, paths.tokenizer_path))
     print(f"DATA_PATH={data_path} TOKENIZER_PATH={tokenizer_path} VOCAB_SIZE={vocab_size}")
     return 0
+
+
+def _quoted(path: str) -> str:
+    """One word of a shell that a terminal can show: what is unprintable is written out."""
+    if path.isprintable():
+        return shlex.quote(path)
+    return "$'" + "".join(chr(b) if chr(b).isalnum() and b < 128 else f"\\x{b:02x}" for b in os.fsencode(path)) + "'"
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -119,7 +130,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 1 if facts["problems"] else 0
     pieces = f", {facts['vocab_size']} pieces" if facts["vocab_size"] else "; name it with --tokenizer to count bytes"
-    print(f"{facts['folder']}: tokenizer {facts['tokenizer'] or 'not known'}{pieces}")
+    print(one_line(f"{facts['folder']}: tokenizer {facts['tokenizer'] or 'not known'}{pieces}", LINE))
     print(f"{'split':8}{'shards':>8}{'tokens':>16}{'documents':>12}{'bytes':>16}{'bytes/token':>13}  token ids")
     for split, row in facts["splits"].items():
         text_bytes = "-" if row["bytes"] is None else f"{row['bytes']:,}"
@@ -131,5 +142,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if facts["sidecar"]:
         print(f"byte sidecar: {facts['sidecar']['tokens']:,} tokens, {facts['sidecar']['bytes']:,} bytes")
     for problem in facts["problems"]:
-        print(f"problem: {problem}")
+        print(one_line(f"problem: {problem}", LINE))
     return 1 if facts["problems"] else 0

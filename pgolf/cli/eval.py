@@ -6,7 +6,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
-from pgolf.errors import ArtifactError, DataError, UserError
+from pgolf.errors import ArtifactError, DataError, UserError, one_line
 
 LONGEST_CONTEXT = 131_072  # tokens
 MOST_PIECES = 65_536
@@ -83,13 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         cached = f" ({mixed.bpb:.4f} with the n-gram cache)" if mixed else ""
         print(
-            f"{path}: val_bpb {score.bpb:.4f}{cached}, val_loss {score.loss:.4f} nats a token, "
+            f"{one_line(path)}: val_bpb {score.bpb:.4f}{cached}, val_loss {score.loss:.4f} nats a token, "
             f"{score.tokens:,} tokens, {score.bytes:,} bytes of text, artifact {artifact.bytes.total:,} bytes"
         )
         if not same_tokenizer:
-            print(
-                f"{data_path}: no prepared.json names its shards' tokenizer, so whether it is this one was not checked"
-            )
+            where = one_line(data_path)
+            print(f"{where}: no prepared.json names the tokenizer of its shards; whether it is this one is unknown")
     return 0
 
 

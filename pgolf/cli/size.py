@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pgolf.errors import UserError
+from pgolf.errors import UserError, one_line
 
 
 def add_parser(commands: Any) -> None:
@@ -45,7 +45,7 @@ def _exact(path: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"{path}: {result['parameters']:,} parameters; bytes as they lie in the file")
+        print(f"{one_line(path)}: {result['parameters']:,} parameters; bytes as they lie in the file")
         _table(result, result["bytes_by_role"], result["total_bytes"])
         print(f"of {result['budget_bytes']:,} bytes: {'fits' if result['fits_budget'] else 'DOES NOT FIT'}")
     return 0 if result["fits_budget"] else 4
@@ -69,7 +69,7 @@ def _projected(arguments: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
         return 0
     source = "its checkpoint's weights" if result["from_weights"] else "Gaussian weights"
-    print(f"preset {result['preset']}: {result['parameters']:,} parameters; bytes projected from {source}")
+    print(f"preset {one_line(result['preset'])}: {result['parameters']:,} parameters; bytes projected from {source}")
     fitted = result["projected_artifact_bytes"] - result["projected_bytes_at_clip_sigmas"]
     by_role = result["projected_bytes_by_role"] | ({"fitted": fitted} if fitted else {})  # by ARTIFACT_BYTES
     _table(result, by_role, result["projected_total_bytes"])

@@ -6,11 +6,13 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import overload
 
+from pgolf.files import WriteError
+
 
 class Spool(Sequence[str]):
     """Different documents in the order in which they came, kept in the new file `path`.
 
-    Of each document only its place and its hash are in memory, about 200 bytes.
+    Of each document only its place and its hash are in memory, about 200 bytes. `WriteError` when the disk is full.
     """
 
     def __init__(self, path: str | os.PathLike[str], documents: Iterable[str]):
@@ -19,18 +21,21 @@ class Spool(Sequence[str]):
         self._starts = array("q")
         seen: dict[bytes, None] = {}
         end = 0
-        with open(path, "wb") as file:
-            for document in documents:
-                data = document.encode("utf-8")
-                digest = hashlib.sha256(data).digest()
-                if not data or digest in seen:
-                    self.dropped += 1
-                    continue
-                seen[digest] = None
-                file.write(data)
-                self.sizes.append(len(data))
-                self._starts.append(end)
-                end += len(data)
+        try:
+            with open(path, "wb") as file:
+                for document in documents:
+                    data = document.encode("utf-8")
+                    digest = hashlib.sha256(data).digest()
+                    if not data or digest in seen:
+                        self.dropped += 1
+                        continue
+                    seen[digest] = None
+                    file.write(data)
+                    self.sizes.append(len(data))
+                    self._starts.append(end)
+                    end += len(data)
+        except OSError as error:
+            raise WriteError(path, error) from None
         self.digests = list(seen)
         self.bytes = end
         self._file = open(path, "rb")  # noqa: SIM115  closed with the spool

@@ -1,6 +1,9 @@
 import argparse
 import json
+import os
 import shlex
+import shutil
+import subprocess
 
 import pytest
 
@@ -50,6 +53,22 @@ def test_the_line_is_what_a_shell_takes(tmp_path, capsys):
     model = folder / "o $HOME" / "o $HOME_330_bpe.model"
     assert words == [f"DATA_PATH={folder / 'o $HOME'}", f"TOKENIZER_PATH={model}", "VOCAB_SIZE=330"]
     assert model.is_file()
+
+
+def test_names_that_a_terminal_would_obey_are_written_out(tmp_path, demo, capsys):
+    folder = tmp_path / "\x1b[31m\udcff"
+    folder.mkdir()
+    write_shard(folder / "x\x1b]0;title\x07_train_000000.bin", [7, 5, 6])
+    assert run("inspect", folder) == 1
+    printed = capsys.readouterr().out
+    assert "\\x1b[31m\\udcff" in printed
+    assert printed.replace("\n", "").isprintable()
+    model = shutil.copyfile(demo.tokenizer_path, folder / "x.model")
+    cli._tell(DataPaths(folder, model))
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert printed.isprintable()
+    shell = subprocess.run(["bash", "-c", f"{printed} printenv DATA_PATH"], capture_output=True, timeout=20)
+    assert os.fsdecode(shell.stdout).rstrip("\n") == str(folder)
 
 
 def test_the_help_names_every_suffix(capsys):

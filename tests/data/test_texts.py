@@ -17,6 +17,7 @@ from pgolf.data.prepare import tokenize_files
 from pgolf.data.spool import Selection, Spool
 from pgolf.data.texts import cut_text, find_texts, read_documents
 from pgolf.errors import DataError, UserError
+from pgolf.files import WriteError
 
 
 @given(text=st.text(alphabet="ab \n", max_size=300), size=st.integers(1, 40))
@@ -148,6 +149,12 @@ def test_a_spool_is_the_documents_without_repeats(tmp_path):
         list(spool).index(text) for text in prepare.split_documents(list(spool), 2)[1]
     ]
     spool.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with pytest.raises(WriteError, match="/dev/full: cannot be written"):
+        Spool("/dev/full", ["x"])
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
