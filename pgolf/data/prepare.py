@@ -7,7 +7,6 @@ paragraph twice, see corpus.py).
 """
 
 import contextlib
-import glob
 import hashlib
 import os
 import platform
@@ -36,7 +35,7 @@ DEMO_VAL_BYTES = 160_000
 _DEMO_SHARDS = ("demo_train_000000.bin", "demo_val_000000.bin")
 _DEMO_FILE_BYTES = 100_000_000  # at most; a few million are right
 _CHARACTERS_AT_ONCE = 10_000_000  # encoded before they are joined: a Python list of ids takes some space
-_MAKING = ".making"
+_MAKING = ".pgolf-making"
 _RECIPE = 1  # raised when the same text would make other files than before
 
 
@@ -117,7 +116,7 @@ def _beside(out: Path) -> Iterator[Path]:
 
     It is locked, so that those which killed processes left behind can be told from those in use; they are cleared.
     """
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*{_MAKING}"):
+    for left in out.parent.glob(f".*{_MAKING}"):
         if _is_left(left / ".lock"):
             shutil.rmtree(left, ignore_errors=True)
     making = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=_MAKING))

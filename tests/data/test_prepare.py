@@ -259,14 +259,17 @@ def test_missing_files_and_used_folders_are_refused(tmp_path):
 
 def test_what_a_killed_tokenisation_left_is_cleared_at_the_next_start(tmp_path):
     (tmp_path / "a.txt").write_text(prose(0, 10_000))
-    for name in (".out.killed.making", ".out.busy.making", ".out.young.making", ".other.killed.making"):
-        (tmp_path / name).mkdir()
-        if "young" not in name:  # it has no lock yet
-            (tmp_path / name / ".lock").touch()
-    with prepare.locked(tmp_path / ".out.busy.making" / ".lock"):
+    killed, other, busy, young, foreign = (
+        tmp_path / name
+        for name in (".out.1.pgolf-making", ".x.2.pgolf-making", ".out.3.pgolf-making", ".y.pgolf-making", ".z.making")
+    )
+    for folder in (killed, other, busy, young, foreign):
+        folder.mkdir()
+        if folder != young:  # it has no lock yet
+            (folder / ".lock").touch()
+    with prepare.locked(busy / ".lock"):
         tokenize_files([tmp_path / "a.txt"], tmp_path / "out", vocab_size=400)
-    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
-    assert left == {".out.busy.making", ".out.young.making", ".other.killed.making"}
+    assert {path for path in tmp_path.iterdir() if path.name.startswith(".")} == {busy, young, foreign}
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
