@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,17 +114,18 @@ def tokenize_files(
 def _beside(out: Path) -> Iterator[Path]:
     """A folder that takes the name `out` when the block ends, and vanishes if the block raises.
 
-    It is locked, so that those which killed processes left behind can be told from those in use; they are cleared.
+    A lock beside it tells it from those that killed processes left behind, which are cleared.
     """
-    for left in out.parent.glob(f".*{_MAKING}"):
-        if _is_left(left / ".lock"):
-            shutil.rmtree(left, ignore_errors=True)
-    making = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=_MAKING))
+    for lock in out.parent.glob(f".*{_MAKING}.lock"):
+        if _is_left(lock):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    making = out.parent / f".{secrets.token_hex(8)}{_MAKING}"
+    lock = making.with_name(f"{making.name}.lock")
     try:
-        with locked(making / ".lock"):
+        with locked(lock):
+            making.mkdir()
             yield making
-            (making / ".lock").unlink()
-            making.chmod(0o755)  # mkdtemp makes private folders
             try:
                 os.replace(making, out)
             except OSError:
@@ -132,6 +133,8 @@ def _beside(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def split_documents(documents: Sequence[str], val_bytes: int) -> tuple[list[str], list[str]]:

@@ -259,17 +259,15 @@ def test_missing_files_and_used_folders_are_refused(tmp_path):
 
 def test_what_a_killed_tokenisation_left_is_cleared_at_the_next_start(tmp_path):
     (tmp_path / "a.txt").write_text(prose(0, 10_000))
-    killed, other, busy, young, foreign = (
-        tmp_path / name
-        for name in (".out.1.pgolf-making", ".x.2.pgolf-making", ".out.3.pgolf-making", ".y.pgolf-making", ".z.making")
-    )
-    for folder in (killed, other, busy, young, foreign):
+    killed, busy, foreign = (tmp_path / name for name in (".1.pgolf-making", ".2.pgolf-making", ".3.pgolf-making"))
+    for folder in (killed, busy, foreign):
         folder.mkdir()
-        if folder != young:  # it has no lock yet
-            (folder / ".lock").touch()
-    with prepare.locked(busy / ".lock"):
+        (folder / ".text").touch()
+    locks = [tmp_path / f".{number}.pgolf-making.lock" for number in (1, 2)]
+    locks[0].touch()
+    with prepare.locked(locks[1]):
         tokenize_files([tmp_path / "a.txt"], tmp_path / "out", vocab_size=400)
-    assert {path for path in tmp_path.iterdir() if path.name.startswith(".")} == {busy, young, foreign}
+    assert {path for path in tmp_path.iterdir() if path.name.startswith(".")} == {busy, locks[1], foreign}
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
