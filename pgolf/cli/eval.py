@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     score.add_argument("target", metavar="RUN_OR_ARTIFACT", help="a run's folder or a .pgolf file")
     score.add_argument("--data-path", help="folder with *_val_*.bin shards (default: the run's)")
     score.add_argument("--tokenizer-path", help="SentencePiece model (default: the run's)")
-    score.add_argument("--seq-len", type=int, help="tokens of context at most (default: the run's)")
+    score.add_argument("--seq-len", type=int, help=f"tokens of context, 1 to {LONGEST_CONTEXT} (default: the run's)")
     score.add_argument("--stride", type=int, help="tokens scored by each further window (default: the run's)")
     score.add_argument("--ngram", choices=MIXINGS, help="also with a causal n-gram cache, mixed so (default: without)")
     score.add_argument("--json", action="store_true")
