@@ -6,7 +6,6 @@ Each row is one evaluation as `NGRAM=... train_gpt.py` does it; the model alone 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pgolf.evaluate_ngram import evaluate_ngram
 from pgolf.machine import compute_dtype
 from pgolf.ngram_cache import MIXINGS
 from pgolf.quantize import model_from_artifact
-from pgolf.settings import validate
+from pgolf.saved_settings import read_settings
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     with launch("auto") as ranks:
         for folder in parser.parse_args().runs:
-            settings = validate(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+            settings = read_settings(folder / "settings.json")
             data = open_dataset(settings, ranks)
             artifact = read_artifact(folder / "model.pgolf")
             model = model_from_artifact(artifact, compute_dtype(settings.dtype, ranks.device), ranks.device)

@@ -11,7 +11,6 @@ scales around the one that fits; bytes are those of the middle one.
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from pgolf.model import Model, ModelConfig
 from pgolf.quantize import collect_hessians, load_weights, quantize, quantize_to_size
 from pgolf.quantizers import QUANTIZERS
 from pgolf.rate_budget import PROBE_ROWS, clip_of, measure_rises
-from pgolf.settings import validate
+from pgolf.saved_settings import read_settings
 
 NEAR = 0.001
 VARIANTS = {name: {"quantizer": name} for name in QUANTIZERS} | {
@@ -41,7 +40,7 @@ DRAWS = (0.96, 0.98, 1.0, 1.02, 1.04)
 
 def rows_of(folder: Path, ranks, work: Path):
     """Every quantiser's figures on one run."""
-    settings = validate(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    settings = read_settings(folder / "settings.json")
     state = checkpoint.load(folder / checkpoint.CHECKPOINT)
     data = open_dataset(settings, ranks)
     config = ModelConfig.of(settings)

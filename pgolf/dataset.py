@@ -1,8 +1,7 @@
 """The data of one run: training shards, the validation split, and the bytes of text behind each of its tokens."""
 
-import contextlib
-import json
 import lzma
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from pgolf.data.documents import DocumentLoader
 from pgolf.data.loader import TokenLoader
 from pgolf.data.prefetch import Loader, Prefetcher
-from pgolf.data.prepare import prepare_demo
+from pgolf.data.prepare import prepare_demo, prepared_facts
 from pgolf.data.shards import find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.distributed import Ranks
@@ -48,7 +47,7 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
             f"VOCAB_SIZE={settings.vocab_size} but {settings.tokenizer_path} has {tokenizer.vocab_size} pieces; "
             f"set VOCAB_SIZE={tokenizer.vocab_size} or name another TOKENIZER_PATH"
         )
-    _check_origin(settings.data_path, tokenizer)
+    check_origin(settings.data_path, tokenizer)
     val_tokens, val_token_bytes = validation_split(settings.data_path, tokenizer)
     return Dataset(tokenizer, train_shards, val_tokens, val_token_bytes)
 
@@ -64,17 +63,17 @@ def training_loader(settings: Settings, shards: list[Path], ranks: Ranks) -> Pre
     return Prefetcher(loader, ranks.device)
 
 
-def _check_origin(data_path: str, tokenizer: Tokenizer) -> None:
-    """Shards that were made or fetched by `pgolf data` remember their tokenizer; others cannot be asked."""
-    made_with = tokenizer.sha256
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        made_with = json.loads((Path(data_path) / "prepared.json").read_text(encoding="utf-8"))["tokenizer_sha256"]
-    if made_with != tokenizer.sha256:
+def check_origin(data_path: str, tokenizer: Tokenizer) -> bool:
+    """`DataError` where the shards were made with another tokenizer; False where that cannot be known, because only
+    those that were made or fetched by `pgolf data` remember theirs."""
+    made_with = prepared_facts(data_path).get("tokenizer_sha256")
+    if isinstance(made_with, str) and made_with != tokenizer.sha256:
         raise DataError(f"DATA_PATH={data_path} was made with another tokenizer than {tokenizer.path}; name its own")
+    return made_with == tokenizer.sha256
 
 
 def shards_of(data_path: str, split: str) -> list[Path]:
-    if not Path(data_path).is_dir():
+    if not os.path.isdir(data_path):
         raise DataError(f"DATA_PATH={data_path}: no such folder; {how_to_get(data_path)}")
     shards = find_shards(data_path, split)
     if not shards:
@@ -103,15 +102,21 @@ def validation_split(data_path: str, tokenizer: Tokenizer) -> tuple[Tensor, Tens
             raise DataError(
                 f"{data_path}: the byte sidecar counts {len(counts)} tokens, the validation split {len(tokens)}"
             )
-        return tokens, counts
-    counts = tokenizer.byte_table().count(tokens[1:].long(), tokens[:-1].long())
-    return tokens, torch.cat((torch.zeros(1, dtype=torch.int64), counts))
+    else:
+        counts = tokenizer.byte_table().count(tokens[1:].long(), tokens[:-1].long())
+        counts = torch.cat((torch.zeros(1, dtype=torch.int64), counts))
+    if not counts[1:].any():
+        source = f"by its byte sidecar {sidecars[0].name}" if sidecars else "every token is a control piece"
+        raise DataError(f"{data_path}: the validation split stands for 0 bytes of text ({source}); none can be scored")
+    return tokens, counts
 
 
 def compressors_bpb(dataset: Dataset) -> dict[str, float]:
     """Bits per byte that general compressors need for the same validation text (its first part, where it is long)."""
     tokens = dataset.val_tokens[:COMPRESSOR_TOKENS]
     text = dataset.tokenizer.decode(tokens.tolist()).encode()
+    if not text:  # control pieces, for which a byte sidecar counts bytes
+        return {}
     part = "" if len(tokens) == len(dataset.val_tokens) else f" (first {len(text)} bytes)"
     sizes = {
         "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),

@@ -1,10 +1,13 @@
 """Files are written whole or not at all: write to a temporary name in the same folder, flush to disk, rename. Logs grow
-by whole lines."""
+by whole lines. What is read may be anybody's: only ordinary files of a bounded size are, so that no pipe is waited for.
+"""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,8 @@ try:
     import fcntl
 except ImportError:  # Windows, where nobody is locked out
     fcntl = None  # type: ignore[assignment]
+
+JSON_BYTES = 16_000_000  # of a file of facts, at most
 
 
 class WriteError(UserError):
@@ -136,3 +141,47 @@ class Lines:
 
     def close(self) -> None:
         self.file.close()
+
+
+@contextlib.contextmanager
+def making_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`make_folder`; if the block raises, folders that it made are removed again, unless something is in them."""
+    path = Path(path)
+    new = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        yield make_folder(path)
+    except BaseException:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def file_bytes(path: str | os.PathLike[str], most_bytes: int | None = None) -> int:
+    """Size of an ordinary file. OSError, with a `strerror`, for anything else and for more than `most_bytes`."""
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a name that no file can have: a zero byte, half of a surrogate pair
+        raise OSError(errno.EINVAL, f"not a file's name ({error})") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"{status.st_size} bytes long; at most {most_bytes} are read")
+    return status.st_size
+
+
+def read_file(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """The whole of an ordinary file of at most `most_bytes`; OSError otherwise."""
+    size = file_bytes(path, most_bytes)
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def read_json(path: str | os.PathLike[str], most_bytes: int = JSON_BYTES) -> Any:
+    """What a JSON file says. OSError where it cannot be read, ValueError where it is not JSON of a sane depth."""
+    try:
+        return json.loads(read_file(path, most_bytes).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

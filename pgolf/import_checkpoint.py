@@ -19,7 +19,7 @@ Their scripts save a state dict. Each of its tensors is all or a row of one of o
     ve_shared.embed.weight, .proj.weight, .scale      value_embedding, value_projection, value_scale
     ve_layer_scales.j                                 value_layer_scales[j]
 
-The file is unpickled with `weights_only=True`: it can hold tensors and plain containers, and no code of it is run.
+The file can hold tensors and plain containers, and no code of it is run (pgolf/torch_file.py).
 """
 
 import os
@@ -31,7 +31,10 @@ from torch import Tensor
 from pgolf.artifact import StoredTensor, write_artifact
 from pgolf.errors import DataError
 from pgolf.model import ModelConfig, role_of
+from pgolf.torch_file import load_plain
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OWN_FIELDS = {"model", "optimisers", "loader", "step"}  # of pgolf/checkpoint.py, whatever its version
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile add
 
 
@@ -96,11 +99,12 @@ def convert(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
             raise DataError(f"{theirs}: this model has no place for it; was it another preset's?")
         name, row = places[theirs]
         target = result[name] if row is None else result[name][row]
+        _check_kind(theirs, tensor)
         if tensor.squeeze().shape != target.squeeze().shape:
             raise DataError(f"{theirs}: shape {tuple(tensor.shape)}, but {name} needs {tuple(target.shape)}")
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise DataError(f"{theirs}: holds numbers that are not finite, or none that are floating point")
-        target.copy_(tensor.reshape(target.shape))
+        target.copy_(tensor.detach().reshape(target.shape))
+        if not target.isfinite().all():
+            raise DataError(f"{theirs}: holds numbers that are not finite in float32")
     by_rows = not any(name.endswith("_bank") for name in state)
     for theirs, (name, row) in sorted(places.items(), key=lambda item: (item[1].row is None) == by_rows):
         if (result[name] if row is None else result[name][row]).isnan().any():
@@ -108,12 +112,27 @@ def convert(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     return result
 
 
+def _check_kind(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested or tensor.layout is not torch.strided:
+        raise DataError(f"{name}: a sparse, nested or otherwise special tensor; weights are dense")
+    if tensor.device.type != "cpu":
+        raise DataError(f"{name}: a {tensor.device.type} tensor, which has no numbers in it")
+    if tensor.dtype not in DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise DataError(f"{name}: {str(tensor.dtype).removeprefix('torch.')}, but weights are floating point: {kinds}")
+
+
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """A state dict from a file of torch.save, without running anything in it. `DataError` where it is none."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        raise DataError(f"cannot be read as weights ({str(error).splitlines()[0]})") from None
+        state = load_plain(path)
+    except ValueError as error:
+        raise DataError(f"cannot be read as weights ({error})") from None
+    if isinstance(state, dict) and state.keys() >= OWN_FIELDS:
+        raise DataError(
+            "a checkpoint of this package's own run, not an entry's weights; `pgolf eval RUN` scores its artifact, "
+            "RESUME=RUN goes on with it"
+        )
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) and isinstance(n, str) for n, x in state.items()):
         raise DataError("not a state dict, which has nothing but tensors by name")
     for prefix in WRAPPERS:

@@ -5,7 +5,6 @@ line by line.
 """
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -28,7 +27,8 @@ from pgolf.machine import cpu_levels, cpu_name
 from pgolf.report import write_report
 from pgolf.run_folder import ARTIFACT, claim, default_name, read_summary
 from pgolf.run_log import RunLog
-from pgolf.settings import PRESETS, Settings, given_settings, load_settings, validate
+from pgolf.saved_settings import read_settings, write_settings
+from pgolf.settings import PRESETS, Settings, given_settings, load_settings
 from pgolf.versions import git_commit, versions
 
 # In the order of the documentation; unknown until measured, so that an interrupted run's summary has every field.
@@ -145,7 +145,7 @@ class Run(RunLog):
             if isinstance(seconds, dict) and not self._had_result:
                 self.seconds = {name: value for name, value in seconds.items() if isinstance(value, float)}
         try:
-            write_json(self.folder / "settings.json", self.settings.model_dump())
+            write_settings(self.folder / "settings.json", self.settings)
         except UserError:
             self.own.forget()
             raise
@@ -320,10 +320,3 @@ def settings_of_run(cuda: bool) -> Settings:
                 f"{name.upper()}={value}: {folder} was begun with {getattr(saved, name)}; it keeps its settings"
             )
     return saved.model_copy(update={"resume": str(folder), "out_dir": str(folder.parent), "run_id": folder.name})
-
-
-def read_settings(path: Path) -> Settings:
-    try:
-        return validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the settings of a run ({error})") from None

@@ -1,4 +1,4 @@
-"""What a model costs in bytes before it is finished: parameters by role, and the artifact's size.
+"""What a model costs in bytes, before it is finished and after: parameters by role, and the artifact's size.
 
 Without weights, rows are taken for Gaussian, which matrices nearly are. With partly trained weights, a sample of the
 rows of every tensor is rounded to nearest and coded; the size hardly changes while a model trains, because a row's step
@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf import coder
+from pgolf import checkpoint, coder
+from pgolf.artifact import read_artifact
 from pgolf.errors import UserError
 from pgolf.manifest import ROLES
 from pgolf.model import ModelConfig, role_of
 from pgolf.packed_code import code_bytes, raw_code_bytes
 from pgolf.quantizers import QUANTIZERS
 from pgolf.rate_budget import bits_of, bits_of_role, clip_of, clip_of_role
-from pgolf.run import CHECKPOINT, Run
+from pgolf.run import Run
 from pgolf.settings import Settings
 
 Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -138,7 +139,8 @@ def project(run: Run, parameters: Parameters, settings: Settings, code: int) -> 
     size = projected_size(settings, parameters(), code)
     run.note(projected_artifact_bytes=size["projected_artifact_bytes"])
     left = size["budget_bytes"] - size["projected_total_bytes"]
-    verdict = f"left: {left}" if left >= 0 else f"over by {-left}: larger steps will be chosen"
+    remedy = "ARTIFACT_BYTES is too large" if settings.artifact_bytes else "larger steps will be chosen"
+    verdict = f"left: {left}" if left >= 0 else f"over by {-left}: {remedy}"
     run.log(
         f"projected artifact:{size['projected_artifact_bytes']} with code:{size['projected_total_bytes']} "
         f"of {size['budget_bytes']} bytes, {verdict}; took {1000 * (time.perf_counter() - begin):.0f}ms"
@@ -157,14 +159,31 @@ def projection_error(summary: dict[str, Any], artifact_bytes: int) -> str:
     return f"artifact:{artifact_bytes} bytes, {told}"
 
 
-def weights_of_run(folder: Path) -> list[tuple[str, Tensor]]:
-    """The parameters in a run's checkpoint by name: their moving average where there is one."""
-    path = folder / CHECKPOINT
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        names, weights = list(state["model"]), list(state["model"].values())
-        if state["ema"] and state["ema"]["updates"]:
-            weights = state["ema"]["average"]
-        return list(zip(names, weights, strict=True))
-    except Exception as error:  # whatever a missing or damaged file makes torch raise
-        raise UserError(f"{path}: no weights of a run ({str(error).splitlines()[0]})") from None
+def weights_of_run(folder: Path, settings: Settings) -> list[tuple[str, Tensor]]:
+    """The parameters in a run's newest checkpoint by name: their moving average where there is one."""
+    weights = checkpoint.weights(folder)
+    if {name: tuple(tensor.shape) for name, tensor in weights} != ModelConfig.of(settings).shapes():
+        raise UserError(f"{folder}: its checkpoint is not of the model that its settings.json describes")
+    return weights
+
+
+def size_of_artifact(path: Path, budget_bytes: int) -> dict[str, Any]:
+    """Parameters and bytes by role of a finished file, exactly."""
+    artifact = read_artifact(path)
+    counts: dict[str, int] = {}
+    for tensor in artifact.tensors.values():
+        counts[tensor.role] = counts.get(tensor.role, 0) + math.prod(tensor.shape)
+    code = code_bytes()
+    total = artifact.bytes.total + code
+    return {
+        "artifact": str(path),
+        "parameters": sum(counts.values()),
+        "parameters_by_role": counts,
+        "bytes_by_role": {**artifact.bytes.roles, "container": artifact.bytes.container},
+        "artifact_bytes": artifact.bytes.total,
+        "code_bytes": code,
+        "code_bytes_raw": raw_code_bytes(),
+        "total_bytes": total,
+        "budget_bytes": budget_bytes,
+        "fits_budget": total <= budget_bytes,
+    }

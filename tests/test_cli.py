@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from small_trainer import make_trainer, no_score
 
+from pgolf.artifact import StoredTensor, write_artifact
 from pgolf.cli import main
 from pgolf.cli.eval import scoring_of
 from pgolf.errors import PgolfError
-from pgolf.files import make_folder, write_json
-from pgolf.model import Model, ModelConfig
+from pgolf.files import write_json
+from pgolf.model import Model, ModelConfig, role_of
 from pgolf.settings import PRESETS, load_settings
 from pgolf.size import entropy_bits, projected_bytes
 
@@ -51,19 +52,46 @@ def test_size_knows_artifact_bytes(capsys, monkeypatch):
     assert "fitted" in capsys.readouterr().out
 
 
-def test_size_from_the_weights_of_a_run(tmp_path, capsys, tiny_environ):
-    settings = load_settings({**tiny_environ, "RUN_ID": "run", "OUT_DIR": str(tmp_path)})
-    folder = make_folder(tmp_path / "run")
-    write_json(folder / "settings.json", settings.model_dump())
-    model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(0))
-    ema = {"average": [parameter.detach() for parameter in model.parameters()], "updates": 3}
-    torch.save({"model": model.state_dict(), "ema": ema}, folder / "checkpoint.pt")
-    assert main(["size", str(folder), "--json"]) == 0
+@pytest.mark.parametrize("average", [{}, {"EMA_DECAY": "0.5"}, {"EMA_DECAY": "0", "SWA_EVERY": "1"}])
+def test_size_from_the_weights_that_training_saved(tmp_path, capsys, average):
+    trainer = make_trainer(tmp_path, **average, ITERATIONS="2")
+    write_json(tmp_path / "settings.json", trainer.settings.model_dump())
+    trainer.warm_up()
+    trainer.train(no_score)  # writes the checkpoint, then takes the average
+    assert main(["size", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["from_weights"] is True
-    assert result["projected_bytes_by_role"] == projected_bytes(model.named_parameters(), settings)
-    (folder / "checkpoint.pt").write_bytes(b"damaged")
-    assert main(["size", str(folder)]) == 2
+    assert result["projected_bytes_by_role"] == projected_bytes(trainer.model.named_parameters(), trainer.settings)
+    write_json(tmp_path / "settings.json", {**trainer.settings.model_dump(), "num_layers": 4})
+    (tmp_path / "other").mkdir()
+    for folder, named in ((tmp_path, "not of the model that its settings.json"), (tmp_path / "other", "no run there")):
+        assert main(["size", str(folder)]) == 2
+        assert named in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    assert main(["size", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n"), "checkpoint.pt" in error) == (1, True)
+
+
+def test_size_of_an_artifact_is_its_bytes(tmp_path, capsys, monkeypatch):
+    config = ModelConfig.of(load_settings({"PRESET": "demo", "MODEL_DIM": "32", "VOCAB_SIZE": "320"}))
+    tensors = [
+        StoredTensor(name, role_of(name), x.shape, x, None, 32) for name, x in Model(config).state_dict().items()
+    ]
+    path = tmp_path / "model.pgolf"
+    written = write_artifact(path, tensors, {"model": config.as_dict()}, mode="static")
+    assert main(["size", str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["parameters"] == sum(result["parameters_by_role"].values()) == config.parameters()
+    assert sum(result["bytes_by_role"].values()) == result["artifact_bytes"] == written.total == path.stat().st_size
+    assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
+    assert main(["size", str(path)]) == 0
+    assert "bytes as they lie in the file" in capsys.readouterr().out
+    monkeypatch.setenv("BUDGET_BYTES", "100000")
+    assert main(["size", str(path)]) == 4
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    path.write_bytes(b"damaged")
+    assert main(["size", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

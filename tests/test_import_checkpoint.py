@@ -1,10 +1,13 @@
 """Checkpoints of the entries' scripts: every tensor lands in its place, or one line names the one that does not."""
 
 import json
+import os
 import pickle
+import zipfile
 
 import pytest
 import torch
+from small_trainer import make_trainer
 
 from pgolf.artifact import read_artifact
 from pgolf.cli import main
@@ -144,20 +147,94 @@ def test_what_does_not_fit_is_named(change, named):
         assert part in str(error.value)
 
 
+SPECIAL = {
+    "sparse": (lambda x: x.to_sparse(), "dense"),
+    "compressed rows": (lambda x: x.to_sparse_csr(), "dense"),
+    "nested": (lambda x: torch._nested_tensor_from_tensor_list([*x]), "dense"),
+    "meta": (lambda x: x.to("meta"), "no numbers"),
+    "float8": (lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn, but weights are floating point: float32"),
+    "float4": (lambda x: x.to(torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2, but weights are"),
+    "integers": (lambda x: x.long(), "int64, but weights are"),
+    "complex": (lambda x: x.to(torch.complex64), "complex64, but weights are"),
+    "too large for float32": (lambda x: torch.full_like(x, 1e300, dtype=torch.float64), "not finite in float32"),
+    "expanded": (lambda x: torch.ones(1).expand(10**6, 10**6), "(1000000, 1000000), but skip_weights needs"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch about its own kinds
+def test_special_tensors_are_one_line(kind, tmp_path, tiny_data, monkeypatch, capsys):
+    for name, value in NARROW.items():
+        monkeypatch.setenv(name, value)
+    make, named = SPECIAL[kind]
+    path = tmp_path / "final_model.pt"
+    try:
+        torch.save({"skip_weights": make(torch.zeros(config_of("dense4096").num_skips, 32))}, path)
+    except Exception:  # whatever an older torch raises for a kind that it does not save
+        pytest.skip(f"this torch saves no {kind} tensors")
+    refused = ["import-checkpoint", str(path), "--preset", "dense4096", "--tokenizer-path", str(tiny_data[1])]
+    assert main([*refused, "--output", str(tmp_path / "model.pgolf")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert (f"{path}: skip_weights: " in error and named in error) or "cannot be read as weights" in error
+    assert not (tmp_path / "model.pgolf").exists()
+
+
+def repacked(path, compression: int, times: int = 1) -> None:
+    """Write the zip file again, with its entries so compressed, and the largest listed so many times."""
+    with zipfile.ZipFile(path) as old:
+        content = {entry.filename: old.read(entry) for entry in old.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, data in content.items():
+            new.writestr(name, data)
+        largest = max(new.infolist(), key=lambda entry: entry.file_size)
+        new.filelist += [largest] * (times - 1)
+
+
+def test_containers_that_expand_are_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("read before it was checked"))
+    path = tmp_path / "final_model.pt"
+    torch.save({"tok_emb.weight": torch.zeros(10**6)}, path)
+    repacked(path, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(DataError, match="it is compressed"):
+        read_state(path)
+    torch.save({"tok_emb.weight": torch.zeros(10**4)}, path)
+    repacked(path, zipfile.ZIP_STORED, times=50)
+    with pytest.raises(DataError, match="it declares more bytes than it has"):
+        read_state(path)
+
+
+def test_our_own_checkpoint_is_told_from_weights(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save()
+    with pytest.raises(DataError, match=r"checkpoint of this package's own run.*`pgolf eval RUN`"):
+        read_state(tmp_path / "checkpoint.pt")
+
+
 def test_files_that_are_no_weights_are_one_line(tmp_path, capsys):
     path = tmp_path / "final_model.pt"
-    path.write_bytes(b"not weights")
-    with pytest.raises(DataError, match="cannot be read as weights"):
-        read_state(path)
+    torch.save({"tok_emb.weight": torch.ones(30)}, path)
+    whole = path.read_bytes()
+    for content in (b"", b"junk", b"\x80", b"PK\x03\x04", pickle.dumps(Hostile()), whole[:500], whole[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read as weights") as caught:
+            read_state(path)
+        assert "weights_only" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for ours, damage in ((b"tok_emb", b"\xff" * 7), (b"data.pkl", b"data.xxx")):
+        path.write_bytes(whole.replace(ours, damage))
+        with pytest.raises(DataError, match="cannot be read as weights"):
+            read_state(path)
     torch.save({"model": {"nested": torch.ones(1)}}, path)
     with pytest.raises(DataError, match="not a state dict"):
         read_state(path)
     torch.save({"tok_emb.weight": Hostile()}, path)
-    with pytest.raises(DataError, match="cannot be read as weights"):
+    with pytest.raises(DataError, match=r"more than tensors and plain values.*; nothing of it was run") as caught:
         read_state(path)
-    path.write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(DataError, match="cannot be read as weights"):
-        read_state(path)
+    assert "weights_only" not in str(caught.value)
     assert "ran" not in capsys.readouterr().out
-    assert main(["import-checkpoint", str(tmp_path / "nowhere.pt")]) == 2
-    assert "nowhere.pt: no such file" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    for name, told in (("nowhere.pt", "no such file"), ("pipe", "no such file")):
+        assert main(["import-checkpoint", str(tmp_path / name)]) == 2
+        assert f"{name}: {told}" in capsys.readouterr().err

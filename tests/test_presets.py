@@ -12,9 +12,11 @@ from pgolf.dataset import open_dataset
 from pgolf.distributed import Ranks
 from pgolf.errors import DataError
 from pgolf.model import Model, ModelConfig
+from pgolf.packed_code import code_bytes
 from pgolf.presets import FINEWEB, PRESETS, how_to_get
 from pgolf.run import Run
 from pgolf.settings import default_preset, load_settings
+from pgolf.size import projected_size
 
 # Printed as model_params in the systems' own logs; recurrent8 published none.
 PUBLISHED = {
@@ -31,6 +33,13 @@ PUBLISHED = {
 def test_parameters_are_as_many_as_published(preset, capsys):
     assert main(["size", "--preset", preset, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_fits_into_its_budget_with_the_code(preset):
+    settings = load_settings({"PRESET": preset})
+    assert settings.artifact_bytes + code_bytes() <= settings.budget_bytes
+    assert projected_size(settings)["fits_budget"]
 
 
 def test_a_model_has_the_parameters_that_its_size_tells():

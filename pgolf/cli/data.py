@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import os
+import shlex
 from typing import TYPE_CHECKING, Any
 
+from pgolf.errors import one_line
 from pgolf.presets import DEFAULT_TRAIN_SHARDS, DEMO_VOCAB_SIZE, FINEWEB
 
 if TYPE_CHECKING:
     from pgolf.data.prepare import DataPaths
+
+LINE = 2000  # letters of a line that names files, at most
 
 
 def add_parser(commands: Any) -> None:
@@ -19,8 +24,25 @@ def add_parser(commands: Any) -> None:
     demo.add_argument("--root", default="data", help="folder for datasets/ and tokenizers/ (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    tokenize = commands.add_parser("tokenize", help="make shards of your own text files")
-    tokenize.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text; each file is a document")
+    tokenize = commands.add_parser(
+        "tokenize",
+        help="make shards of your own text",
+        description="Make shards and a tokenizer of text: each file is a document, and fewer than 10 are cut into "
+        'several; of JSONL each line\'s "text" is one.',
+    )
+    tokenize.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text, JSONL, a folder (all .txt, .text, .md, .rst, .jsonl and .ndjson files within, by name), or - "
+        "for standard input",
+    )
+    tokenize.add_argument(
+        "--format",
+        choices=("auto", "text", "jsonl"),
+        default="auto",
+        help="auto: .jsonl and .ndjson files are JSONL, all else and standard input is text (default: %(default)s)",
+    )
     tokenize.add_argument("--out", required=True, metavar="DIR", help="new folder for shards and tokenizer")
     which = tokenize.add_mutually_exclusive_group()
     which.add_argument(
@@ -66,7 +88,12 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
     return _tell(
         tokenize_files(
-            arguments.files, arguments.out, arguments.vocab_size, arguments.tokenizer, arguments.val_fraction
+            arguments.files,
+            arguments.out,
+            arguments.vocab_size,
+            arguments.tokenizer,
+            arguments.val_fraction,
+            arguments.format,
         )
     )
 
@@ -78,12 +105,20 @@ def _download(arguments: argparse.Namespace) -> int:
 
 
 def _tell(paths: "DataPaths") -> int:
-    """Print what to put before the training command."""
+    """Print what to put before the training command, as a shell takes it."""
     from pgolf.data.tokenizer import Tokenizer
 
     vocab_size = Tokenizer(paths.tokenizer_path).vocab_size
-    print(f"DATA_PATH={paths.data_path} TOKENIZER_PATH={paths.tokenizer_path} VOCAB_SIZE={vocab_size}")
+    data_path, tokenizer_path = (_quoted(str(path)) for path in (paths.data_path, paths.tokenizer_path))
+    print(f"DATA_PATH={data_path} TOKENIZER_PATH={tokenizer_path} VOCAB_SIZE={vocab_size}")
     return 0
+
+
+def _quoted(path: str) -> str:
+    """One word of a shell that a terminal can show: what is unprintable is written out."""
+    if path.isprintable():
+        return shlex.quote(path)
+    return "$'" + "".join(chr(b) if chr(b).isalnum() and b < 128 else f"\\x{b:02x}" for b in os.fsencode(path)) + "'"
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -95,7 +130,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 1 if facts["problems"] else 0
     pieces = f", {facts['vocab_size']} pieces" if facts["vocab_size"] else "; name it with --tokenizer to count bytes"
-    print(f"{facts['folder']}: tokenizer {facts['tokenizer'] or 'not known'}{pieces}")
+    print(one_line(f"{facts['folder']}: tokenizer {facts['tokenizer'] or 'not known'}{pieces}", LINE))
     print(f"{'split':8}{'shards':>8}{'tokens':>16}{'documents':>12}{'bytes':>16}{'bytes/token':>13}  token ids")
     for split, row in facts["splits"].items():
         text_bytes = "-" if row["bytes"] is None else f"{row['bytes']:,}"
@@ -107,5 +142,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if facts["sidecar"]:
         print(f"byte sidecar: {facts['sidecar']['tokens']:,} tokens, {facts['sidecar']['bytes']:,} bytes")
     for problem in facts["problems"]:
-        print(f"problem: {problem}")
+        print(one_line(f"problem: {problem}", LINE))
     return 1 if facts["problems"] else 0

@@ -3,10 +3,13 @@
 import argparse
 import json
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
-from pgolf.errors import ArtifactError, DataError, UserError
+from pgolf.errors import ArtifactError, DataError, UserError, one_line
 
+LONGEST_CONTEXT = 131_072  # tokens
+MOST_PIECES = 65_536
 MIXINGS = ("adaptive", "dirichlet", "pyp", "tilt")  # of pgolf.ngram_cache, which needs torch
 
 
@@ -16,7 +19,7 @@ def add_parser(commands: Any) -> None:
     score.add_argument("target", metavar="RUN_OR_ARTIFACT", help="a run's folder or a .pgolf file")
     score.add_argument("--data-path", help="folder with *_val_*.bin shards (default: the run's)")
     score.add_argument("--tokenizer-path", help="SentencePiece model (default: the run's)")
-    score.add_argument("--seq-len", type=int, help="tokens of context at most (default: the run's)")
+    score.add_argument("--seq-len", type=int, help=f"tokens of context, 1 to {LONGEST_CONTEXT} (default: the run's)")
     score.add_argument("--stride", type=int, help="tokens scored by each further window (default: the run's)")
     score.add_argument("--ngram", choices=MIXINGS, help="also with a causal n-gram cache, mixed so (default: without)")
     score.add_argument("--json", action="store_true")
@@ -27,13 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     from pgolf.artifact import read_artifact
     from pgolf.attention import choose_attention
     from pgolf.data.tokenizer import Tokenizer
-    from pgolf.dataset import validation_split
+    from pgolf.dataset import check_origin, validation_split
     from pgolf.distributed import launch
     from pgolf.evaluate import evaluate
     from pgolf.evaluate_ngram import evaluate_ngram
     from pgolf.machine import compute_dtype
     from pgolf.quantize import model_from_artifact
-    from pgolf.run import read_settings
+    from pgolf.saved_settings import read_settings
     from pgolf.settings import load_settings
 
     target = Path(arguments.target)
@@ -50,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer(tokenizer_path)
     if artifact.metadata.get("tokenizer_sha256") != tokenizer.sha256:
         raise DataError(f"{tokenizer_path}: not the tokenizer that {path} was trained with (their SHA-256 differ)")
+    same_tokenizer = check_origin(data_path, tokenizer)
     tokens, token_bytes = validation_split(data_path, tokenizer)
     scoring = scoring_of(artifact.metadata.get("scoring"), arguments.seq_len, arguments.stride)
     with launch() as ranks:
@@ -66,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     result = {
         "artifact": str(path),
         "artifact_bytes": artifact.bytes.total,
+        "data_path": data_path,
+        "data_made_with_this_tokenizer": same_tokenizer or None,  # None: the folder cannot tell
         "val_tokens": score.tokens,
         "val_bytes": score.bytes,
         "val_loss": score.loss,
@@ -77,9 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         cached = f" ({mixed.bpb:.4f} with the n-gram cache)" if mixed else ""
         print(
-            f"{path}: val_bpb {score.bpb:.4f}{cached}, val_loss {score.loss:.4f} nats a token, "
+            f"{one_line(path)}: val_bpb {score.bpb:.4f}{cached}, val_loss {score.loss:.4f} nats a token, "
             f"{score.tokens:,} tokens, {score.bytes:,} bytes of text, artifact {artifact.bytes.total:,} bytes"
         )
+        if not same_tokenizer:
+            where = one_line(data_path)
+            print(f"{where}: no prepared.json names the tokenizer of its shards; whether it is this one is unknown")
     return 0
 
 
@@ -89,10 +98,14 @@ def scoring_of(stored: Any, seq_len: int | None, stride: int | None) -> dict[str
     given = {"seq_len": seq_len, "stride": stride if stride is not None or seq_len is None else 0}
     scoring |= {name: value for name, value in given.items() if value is not None}
     length, stride, bos_id = (scoring.get(name) for name in ("seq_len", "stride", "bos_id"))
-    if type(length) is not int or length < 1:
-        raise UserError(f"--seq-len {length}: must be a whole number, at least 1")
+    if type(length) is not int or not 1 <= length <= LONGEST_CONTEXT:
+        raise UserError(f"--seq-len {shortened(length)}: must be a whole number from 1 to {LONGEST_CONTEXT}")
     if type(stride) is not int or not 0 <= stride <= length:
-        raise UserError(f"--stride {stride}: must be a whole number from 0 (no overlap) to --seq-len {length}")
-    if scoring.keys() != {"seq_len", "stride", "bos_id"} or not (bos_id is None or type(bos_id) is int):
+        raise UserError(
+            f"--stride {shortened(stride)}: must be a whole number from 0 (no overlap) to --seq-len {length}"
+        )
+    if scoring.keys() != {"seq_len", "stride", "bos_id"} or not (
+        bos_id is None or (type(bos_id) is int and 0 <= bos_id < MOST_PIECES)
+    ):
         raise ArtifactError("artifact: its metadata does not say how to score it")
     return scoring

@@ -1,6 +1,5 @@
 """`pgolf data inspect`: what a folder of shards holds, and what is wrong with it."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgolf.data.prepare import prepared_facts
 from pgolf.data.shards import SPLITS, find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import ByteTable, Tokenizer
 from pgolf.errors import DataError
@@ -156,9 +156,8 @@ def _first_gap(paths: list[Path]) -> int | None:
 
 def _tokenizer_of(folder: Path) -> Path | None:
     """The model that `prepared.json` names by its hash, in `folder` or in `tokenizers/` beside `datasets/`."""
-    try:
-        wanted = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    wanted = prepared_facts(folder).get("tokenizer_sha256")
+    if not isinstance(wanted, str):
         return None
     nearby = [*folder.glob("*.model"), *(folder.resolve().parent.parent / "tokenizers").glob("*.model")]
     for path in sorted(nearby):

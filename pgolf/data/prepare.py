@@ -8,12 +8,11 @@ paragraph twice, see corpus.py).
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,19 @@ import sentencepiece
 
 from pgolf.data.corpus import demo_documents
 from pgolf.data.shards import TOKENS_PER_SHARD, write_shard
+from pgolf.data.spool import Selection, Spool
+from pgolf.data.texts import find_texts, read_documents
 from pgolf.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, train_tokenizer
 from pgolf.errors import DataError, UserError
-from pgolf.files import make_folder, write_json
+from pgolf.files import make_folder, making_folder, read_file, read_json, write_json
 from pgolf.presets import DEMO_VOCAB_SIZE
 from pgolf.progress import progress
 
 DEMO_VAL_BYTES = 160_000
-FEW_FILES = 10  # with fewer files than this, each is cut into several documents
-CUT_CHARACTERS = 8_000
+_DEMO_SHARDS = ("demo_train_000000.bin", "demo_val_000000.bin")
+_DEMO_FILE_BYTES = 100_000_000  # at most; a few million are right
 _CHARACTERS_AT_ONCE = 10_000_000  # encoded before they are joined: a Python list of ids takes some space
+_MAKING = ".pgolf-making"
 _RECIPE = 1  # raised when the same text would make other files than before
 
 
@@ -70,89 +72,95 @@ def tokenize_files(
     vocab_size: int = DEMO_VOCAB_SIZE,
     tokenizer: str | os.PathLike[str] | None = None,
     val_fraction: float = 0.1,
+    text_format: str = "auto",
 ) -> DataPaths:
-    """Make shards of UTF-8 text files in the new folder `out`, with a tokenizer trained on them or a given model.
+    """Make shards of a user's text in the new folder `out`, with a tokenizer trained on it or a given model.
 
-    A file is a document; fewer than 10 files are cut into documents of about 8,000 characters at blank lines (or line
-    ends, or spaces, where there are none), so that there is something to validate on. The folder appears whole or not
-    at all: `<name>_train_000000.bin` and on, `<name>_val_000000.bin`, the tokenizer, and `prepared.json`.
-    `DataError` names a file that cannot be read or the offset of bytes that are not UTF-8.
+    `files` are UTF-8 text, JSONL, folders of such files, or "-" for standard input (pgolf/data/texts.py). Fewer than 10
+    text files are cut into documents of about 8,000 characters at blank lines (or line ends, or spaces, where there are
+    none), so that there is something to validate on. The folder appears whole or not at all:
+    `<name>_train_000000.bin` and on, `<name>_val_000000.bin`, the tokenizer, and `prepared.json`. The text is copied to
+    disk on the way, beside `out`; memory holds 64 MB of it at most, to train the tokenizer.
     """
-    out = Path(out)
+    given, out = Path(out), Path(out).absolute()
     if not 0.0 < val_fraction < 1.0:
         raise UserError(f"validation fraction {val_fraction}; accepted is a number between 0 and 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; name a new one")
-    texts = [_read_text(path) for path in files]
-    if len(texts) < FEW_FILES:
-        texts = [part for text in texts for part in cut_text(text, CUT_CHARACTERS)]
-    documents = list(dict.fromkeys(text for text in texts if text))
-    text_bytes = sum(map(_bytes, documents))
-    if len(documents) < 2:
-        raise DataError(
-            f"{text_bytes} bytes of text make {len(documents)} documents; one to train and one to validate are needed"
-        )
-    train, val = split_documents(documents, int(text_bytes * val_fraction))
+        raise UserError(f"{given} exists and is not an empty folder; name a new one")
     if tokenizer is not None:
         _check_tokenizer(Tokenizer(tokenizer))
+    found = find_texts(files)
+    with making_folder(out.parent), _beside(out) as making:
+        text = making / ".text"
+        with contextlib.closing(Spool(text, read_documents(found, text_format))) as documents:
+            if len(documents) < 2:
+                raise DataError(
+                    f"{documents.bytes} bytes of text make {len(documents)} documents; "
+                    "one to train and one to validate are needed"
+                )
+            chosen = split_indices(documents.digests, documents.sizes, int(documents.bytes * val_fraction))
+            train, val = (Selection(documents, part) for part in chosen)
+            if tokenizer is None:
+                model = train_tokenizer(train, vocab_size, making / f"{out.name}_{vocab_size}_bpe.model")
+            else:
+                model = Tokenizer(shutil.copyfile(tokenizer, making / Path(tokenizer).name))
+            facts = _write_splits(making, out.name, model, train, val)
+            write_json(making / "prepared.json", facts | {"duplicate_documents": documents.dropped})
+        text.unlink()
+    return DataPaths(given, given / model.path.name)
 
-    parent = make_folder(out.absolute().parent)
-    making = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder that takes the name `out` when the block ends, and vanishes if the block raises.
+
+    A lock beside it tells it from those that killed processes left behind, which are cleared.
+    """
+    for lock in out.parent.glob(f".*{_MAKING}.lock"):
+        if _is_left(lock):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    making = out.parent / f".{secrets.token_hex(8)}{_MAKING}"
+    lock = making.with_name(f"{making.name}.lock")
     try:
-        name = out.absolute().name
-        if tokenizer is None:
-            model = train_tokenizer(train, vocab_size, making / f"{name}_{vocab_size}_bpe.model")
-        else:
-            model = Tokenizer(shutil.copyfile(tokenizer, making / Path(tokenizer).name))
-        facts = _write_splits(making, name, model, train, val)
-        write_json(making / "prepared.json", facts | {"duplicate_documents": len(texts) - len(documents)})
-        making.chmod(0o755)  # mkdtemp makes private folders
-        try:
-            os.replace(making, out)
-        except OSError:
-            raise UserError(f"{out} was made by somebody else meanwhile; name a new folder") from None
+        with locked(lock):
+            making.mkdir()
+            yield making
+            try:
+                os.replace(making, out)
+            except OSError:
+                raise UserError(f"{out} was made by somebody else meanwhile; name a new folder") from None
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise
-    return DataPaths(out, out / model.path.name)
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def split_documents(documents: Sequence[str], val_bytes: int) -> tuple[list[str], list[str]]:
+    """(train, val) as `split_indices` chooses them."""
+    encoded = [document.encode("utf-8") for document in documents]
+    digests = [hashlib.sha256(data).digest() for data in encoded]
+    train, val = split_indices(digests, [len(data) for data in encoded], val_bytes)
+    return [documents[i] for i in train], [documents[i] for i in val]
+
+
+def split_indices(digests: Sequence[bytes], sizes: Sequence[int], val_bytes: int) -> tuple[list[int], list[int]]:
     """(train, val): in the order of their hashes, documents go to validation while they fit into `val_bytes` of UTF-8.
 
-    At least one document goes to each side (`documents` must have two or more). Training documents keep their order.
+    At least one document goes to each side (there must be two or more). Training documents keep their order.
     """
-    order = sorted(range(len(documents)), key=lambda i: hashlib.sha256(documents[i].encode("utf-8")).digest())
-    sizes = [_bytes(document) for document in documents]
+    order = sorted(range(len(digests)), key=lambda i: digests[i])
     chosen: list[int] = []
     room = val_bytes
     for index in order:
-        if sizes[index] <= room and len(chosen) < len(documents) - 1:
+        if sizes[index] <= room and len(chosen) < len(digests) - 1:
             chosen.append(index)
             room -= sizes[index]
     if not chosen:
         chosen = [min(order, key=lambda i: sizes[i])]
     taken = set(chosen)
-    return [text for i, text in enumerate(documents) if i not in taken], [documents[i] for i in chosen]
-
-
-def cut_text(text: str, characters: int) -> list[str]:
-    """Parts of `text` that join to it again, each `characters` to twice that long (the last one may be shorter).
-
-    Cut after the first blank line in that range, or else line end, or else space, or else at the end of the range.
-    """
-    parts = []
-    start = 0
-    while len(text) - start > characters:
-        end = min(start + 2 * characters, len(text))
-        for separator in ("\n\n", "\n", " "):
-            found = text.find(separator, start + characters, end)
-            if found >= 0:
-                end = found + len(separator)
-                break
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]] if start < len(text) else parts
+    return [i for i in range(len(digests)) if i not in taken], chosen
 
 
 def _demo_identity() -> dict[str, Any]:
@@ -166,13 +174,21 @@ def _demo_identity() -> dict[str, Any]:
     }
 
 
+def prepared_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `prepared.json` in a folder of shards says; nothing where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        facts = read_json(Path(folder) / "prepared.json")
+        return facts if isinstance(facts, dict) else {}
+    return {}
+
+
 def _demo_is_ready(paths: DataPaths) -> bool:
+    prepared = prepared_facts(paths.data_path)
     try:
-        prepared = json.loads((paths.data_path / "prepared.json").read_text(encoding="utf-8"))
         hashes = prepared["sha256"]
         return (
             all(prepared[name] == value for name, value in _demo_identity().items())
-            and len(hashes) == 3
+            and set(hashes) == {paths.tokenizer_path.name, *_DEMO_SHARDS}
             and hashes == _hashes(paths.data_path, paths.tokenizer_path, hashes)
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -180,22 +196,26 @@ def _demo_is_ready(paths: DataPaths) -> bool:
 
 
 def _make_demo(paths: DataPaths) -> None:
+    for folder in (paths.data_path, paths.tokenizer_path.parent):  # what killed processes left
+        for left in folder.glob(".demo_*.tmp"):
+            left.unlink(missing_ok=True)
     print("demo data: collecting the standard library's documentation", file=sys.stderr, flush=True)
     (paths.data_path / "prepared.json").unlink(missing_ok=True)
     train, val = split_documents(demo_documents(), DEMO_VAL_BYTES)
     tokenizer = train_tokenizer(train, DEMO_VOCAB_SIZE, paths.tokenizer_path)
     facts = _write_splits(paths.data_path, "demo", tokenizer, train, val)
-    names = [paths.tokenizer_path.name, *sorted(path.name for path in paths.data_path.glob("demo_*.bin"))]
-    hashes = _hashes(paths.data_path, paths.tokenizer_path, names)
+    hashes = _hashes(paths.data_path, paths.tokenizer_path, [paths.tokenizer_path.name, *_DEMO_SHARDS])
     write_json(paths.data_path / "prepared.json", _demo_identity() | facts | {"sha256": hashes})
 
 
 def _hashes(folder: Path, tokenizer_path: Path, names: Sequence[str] | dict[str, str]) -> dict[str, str]:
     files = {name: tokenizer_path if name == tokenizer_path.name else folder / name for name in names}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    return {name: hashlib.sha256(read_file(path, _DEMO_FILE_BYTES)).hexdigest() for name, path in files.items()}
 
 
-def _write_splits(folder: Path, name: str, tokenizer: Tokenizer, train: list[str], val: list[str]) -> dict[str, Any]:
+def _write_splits(
+    folder: Path, name: str, tokenizer: Tokenizer, train: Sequence[str], val: Sequence[str]
+) -> dict[str, Any]:
     """Write the shards of both splits; returns the counts that `prepared.json` records."""
     facts: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     for split, documents in (("train", train), ("val", val)):
@@ -208,7 +228,7 @@ def _write_splits(folder: Path, name: str, tokenizer: Tokenizer, train: list[str
 
 
 def _write_split(
-    folder: Path, prefix: str, tokenizer: Tokenizer, documents: list[str], shard_tokens: int = TOKENS_PER_SHARD
+    folder: Path, prefix: str, tokenizer: Tokenizer, documents: Sequence[str], shard_tokens: int = TOKENS_PER_SHARD
 ) -> int:
     """Write `documents` as `<prefix>_000000.bin` and on, `shard_tokens` tokens a shard; returns the tokens."""
     pending = np.zeros(0, dtype=np.uint16)
@@ -224,7 +244,7 @@ def _write_split(
     return shards * shard_tokens + len(pending)
 
 
-def _encoded(tokenizer: Tokenizer, documents: list[str], description: str) -> Iterator[np.ndarray]:
+def _encoded(tokenizer: Tokenizer, documents: Sequence[str], description: str) -> Iterator[np.ndarray]:
     """Tokens of some documents at a time, uint16, each document after the beginning-of-document token."""
     pieces: list[list[int]] = []
     characters = 0
@@ -243,18 +263,6 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
         raise DataError(f"{tokenizer.path}: the model has no beginning-of-document piece (bos_id), which shards need")
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise DataError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces; shards hold at most {MAX_VOCAB_SIZE}")
-
-
-def _read_text(path: str | os.PathLike[str]) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        found = error.object[error.start]
-        raise DataError(
-            f"{path}: byte {error.start}: 0x{found:02x} is not UTF-8; save the file as UTF-8 text"
-        ) from None
 
 
 def _bytes(text: str) -> int:
@@ -276,3 +284,15 @@ def locked(path: Path) -> Iterator[None]:
         except (ImportError, OSError):
             pass
         yield
+
+
+def _is_left(lock: Path) -> bool:
+    """Whether nobody holds the lock that a process took there; False where that cannot be known."""
+    try:
+        import fcntl
+
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True

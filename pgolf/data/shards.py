@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pgolf.errors import DataError
-from pgolf.files import replacing
+from pgolf.files import file_bytes, replacing
 
 MAGIC = 20240520
 VERSION = 1
@@ -60,9 +60,9 @@ def write_shard(path: str | os.PathLike[str], tokens: Any) -> None:
 def read_token_count(path: str | os.PathLike[str]) -> int:
     """Number of tokens in the shard at `path`, after checking its header and the length of the file."""
     try:
+        size = file_bytes(path)
         with open(path, "rb") as file:
             raw = file.read(HEADER_BYTES)
-            file_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataError(f"cannot read shard {path}: {error.strerror}") from None
     if len(raw) < HEADER_BYTES:
@@ -75,8 +75,8 @@ def read_token_count(path: str | os.PathLike[str]) -> int:
     if count < 0:
         raise DataError(f"{path}: byte 8: {count} tokens, the count must be 0 or more")
     expected = HEADER_BYTES + TOKEN_BYTES * count
-    if file_bytes != expected:
-        raise DataError(f"{path}: byte 8: {count} tokens make a file of {expected} bytes, this one has {file_bytes}")
+    if size != expected:
+        raise DataError(f"{path}: byte 8: {count} tokens make a file of {expected} bytes, this one has {size}")
     return count
 
 
@@ -107,6 +107,6 @@ def find_sidecars(folder: str | os.PathLike[str]) -> list[Path]:
 
 def _files(folder: str | os.PathLike[str], pattern: str) -> list[Path]:
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which, unlike Path's, refuses no name
         raise DataError(f"no data folder {folder}; `pgolf data demo` makes one, `pgolf data download` fetches FineWeb")
     return [path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(".")]

@@ -22,7 +22,7 @@ sidecar that comes with such data.
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from pgolf.errors import DataError, UserError
-from pgolf.files import replacing
+from pgolf.files import read_file, replacing
 
 SPACE = "\u2581"
 CASE_OPERATORS = ["\ue001", "\ue002", "\ue003", "\ue004"]
 MIN_VOCAB_SIZE = 320  # 4 control pieces, 256 byte pieces and some characters
 MAX_VOCAB_SIZE = 65536  # tokens are stored as uint16
 TRAINING_BYTES = 64_000_000
+MODEL_BYTES = 64_000_000  # of a model file, at most; one of 65,536 pieces has 2 MB
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            model = read_file(self.path, MODEL_BYTES)
         except OSError as error:
             raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -130,7 +131,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.Pa
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"vocabulary of {vocab_size} pieces; accepted are {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
-    documents = _evenly_spaced(list(documents))
+    documents = _evenly_spaced(documents if isinstance(documents, Sequence) else list(documents))
     text_bytes = sum(len(document.encode("utf-8")) for document in documents)
     model = io.BytesIO()
     try:
@@ -166,7 +167,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.Pa
     return Tokenizer(path)
 
 
-def _evenly_spaced(documents: list[str]) -> list[str]:
+def _evenly_spaced(documents: Sequence[str]) -> list[str]:
     """All documents, or every k-th such that about `TRAINING_BYTES` remain."""
     characters = sum(map(len, documents))
-    return documents[:: max(1, -(-characters // TRAINING_BYTES))]
+    return list(documents[:: max(1, -(-characters // TRAINING_BYTES))])

@@ -1,5 +1,9 @@
 import argparse
 import json
+import os
+import shlex
+import shutil
+import subprocess
 
 import pytest
 
@@ -7,6 +11,7 @@ from pgolf.cli import data as cli
 from pgolf.data.download import VARIANTS
 from pgolf.data.prepare import DataPaths
 from pgolf.data.shards import write_shard
+from pgolf.data.texts import FORMATS, JSONL_SUFFIXES, TEXT_SUFFIXES
 from pgolf.errors import DataError
 from pgolf.presets import FINEWEB
 
@@ -35,6 +40,43 @@ def test_tokenize_then_inspect(tmp_path, demo, capsys):
     assert "problem" not in printed
     assert run("tokenize", tmp_path / "b.txt", "--out", tmp_path / "p", "--tokenizer", demo.tokenizer_path) == 0
     assert "VOCAB_SIZE=1024" in capsys.readouterr().out
+
+
+def test_the_line_is_what_a_shell_takes(tmp_path, capsys):
+    folder = tmp_path / "it's my text"
+    folder.mkdir()
+    for name in "ab":
+        text = f"Some words to learn from {name}.\n\n" * 1000
+        (folder / f"{name}.txt").write_text(text + "Line of another text.\n" * 99)
+    assert run("tokenize", folder, "--out", folder / "o $HOME", "--vocab-size", 330) == 0
+    words = shlex.split(capsys.readouterr().out)
+    model = folder / "o $HOME" / "o $HOME_330_bpe.model"
+    assert words == [f"DATA_PATH={folder / 'o $HOME'}", f"TOKENIZER_PATH={model}", "VOCAB_SIZE=330"]
+    assert model.is_file()
+
+
+def test_names_that_a_terminal_would_obey_are_written_out(tmp_path, demo, capsys):
+    folder = tmp_path / "\x1b[31m\udcff"
+    folder.mkdir()
+    write_shard(folder / "x\x1b]0;title\x07_train_000000.bin", [7, 5, 6])
+    assert run("inspect", folder) == 1
+    printed = capsys.readouterr().out
+    assert "\\x1b[31m\\udcff" in printed
+    assert printed.replace("\n", "").isprintable()
+    model = shutil.copyfile(demo.tokenizer_path, folder / "x.model")
+    cli._tell(DataPaths(folder, model))
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert printed.isprintable()
+    shell = subprocess.run(["bash", "-c", f"{printed} printenv DATA_PATH"], capture_output=True, timeout=20)
+    assert os.fsdecode(shell.stdout).rstrip("\n") == str(folder)
+
+
+def test_the_help_names_every_suffix(capsys):
+    with pytest.raises(SystemExit):
+        run("tokenize", "--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"{suffix}" in printed for suffix in TEXT_SUFFIXES + JSONL_SUFFIXES)
+    assert f"{{{','.join(FORMATS)}}}" in printed
 
 
 def test_inspect_as_json_and_with_problems(tmp_path, capsys):

@@ -1,17 +1,20 @@
 import hashlib
 import http.server
 import json
+import math
 import re
 import shutil
 import socket
 import sys
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pgolf.cli import main
 from pgolf.data import download as module
 from pgolf.data.download import HuggingFaceHub, download
 from pgolf.data.inspect import inspect_folder
@@ -188,12 +191,22 @@ def test_a_size_that_differs_from_the_repository_is_refused(tmp_path, remote):
     ("change", "message"),
     [
         (lambda m: m["datasets"].pop(1), f"no dataset {NAME}; it offers fineweb10B_byte260"),
-        (lambda m: m["tokenizers"].clear(), "tokenizer sp_bpe_1024 of .* is not listed"),
+        (lambda m: m["tokenizers"].clear(), "tokenizer 'sp_bpe_1024' of .* is not listed"),
         (lambda m: m.pop("datasets"), "not of the known form"),
         (lambda m: m["datasets"][1].pop("stats"), "not of the known form"),
         (lambda m: m["datasets"][1].update(stats=[]), "not of the known form"),
         (lambda m: m["tokenizers"][0].update(model_path="../../etc/x.model"), "leads out of the repository"),
         (lambda m: m["tokenizers"][0].update(model_path="/etc/x.model"), "leads out of the repository"),
+        (lambda m: m["tokenizers"][0].update(model_path="tokenizers/\ud800.model"), "has other characters"),
+        (lambda m: m["tokenizers"][0].update(model_path="tokenizers/\x1b[31m.model"), "has other characters"),
+        (lambda m: m["tokenizers"][0].update(model_path="x" * 5000), "has other characters"),
+        (lambda m: m["tokenizers"][0].update(model_path=["a"]), "not of the known form"),
+        (lambda m: m.update(datasets={"name": 1}), "not of the known form"),
+        (lambda m: m.update(datasets=[7]), "not of the known form"),
+        (lambda m: m["datasets"][1]["stats"].update(files_val=10**7), "files_val is 10000000; accepted is a whole"),
+        (lambda m: m["datasets"][1]["stats"].update(files_val=math.inf), "files_val is inf; accepted"),
+        (lambda m: m["datasets"][1]["stats"].update(files_train=-1), "files_train is -1; accepted"),
+        (lambda m: m["datasets"][1]["stats"].update(files_train="2"), "files_train is '2'; accepted"),
         (lambda m: m["datasets"][1]["stats"].update(files_train=3), "no file .*000002.bin, although"),
     ],
 )
@@ -202,6 +215,33 @@ def test_manifests_that_cannot_be_used(tmp_path, remote, change, message):
     with pytest.raises(DataError, match=message) as caught:
         download("sp1024", tmp_path / "data", 3 if "000002" in message else 1, FolderHub(remote))
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"datasets": ' + "9" * 5000 + "}", "\ud800"])
+def test_manifests_that_are_none(tmp_path, remote, text):
+    (remote / "datasets" / "manifest.json").write_bytes(text.encode("utf-8", errors="surrogatepass"))
+    with pytest.raises(DataError, match=r"manifest.json of .*: not of the known form") as caught:
+        download("sp1024", tmp_path / "data", 1, FolderHub(remote))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("size", "message"), [(None, "no such file"), (10**9, "at most 16000000"), ("3", "at most")])
+def test_a_manifest_of_a_wrong_size_is_not_fetched(tmp_path, remote, size, message):
+    hub = FolderHub(remote)
+    hub.sizes = lambda paths: dict.fromkeys(paths, size)
+    with pytest.raises(DataError, match=message):
+        download("sp1024", tmp_path / "data", 1, hub)
+    assert hub.fetched == []
+
+
+@pytest.mark.parametrize("size", [None, -1, 1.5, "7"])
+def test_sizes_that_are_none_are_refused(tmp_path, remote, size):
+    hub = FolderHub(remote)
+    hub.sizes = lambda paths: {**FolderHub.sizes(hub, paths), **{path: size for path in paths if "_val_" in path}}
+    with pytest.raises(DataError, match=r"fineweb_val_000000.bin: a size of .* bytes"):
+        download("sp1024", tmp_path / "data", 1, hub)
 
 
 def test_wrong_requests(tmp_path, remote, monkeypatch):
@@ -215,7 +255,7 @@ def test_wrong_requests(tmp_path, remote, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(UserError, match=r"0.0 GB free in .*data; make room"):
         download("sp1024", tmp_path / "data", 1, hub)
-    assert not list((tmp_path / "data").rglob("*.bin"))
+    assert not (tmp_path / "data").exists()
 
 
 def test_without_huggingface_hub(tmp_path, monkeypatch):
@@ -294,7 +334,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         if self.path != f"/api/datasets/{REPO}/paths-info/main":
-            self.send_error(404)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         if "json" in self.headers.get("Content-Type", ""):
             wanted = json.loads(body)["paths"]
@@ -358,17 +401,52 @@ def test_what_the_server_does_not_have(tmp_path, server, remote):
     with pytest.raises(DataError, match="somebody/else: no such dataset"):
         download("sp1024", tmp_path / "data", 1, HuggingFaceHub("somebody/else", server.url))
     (remote / "datasets" / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"manifest.json from Hugging Face dataset .*: no such file there"):
+    with pytest.raises(DataError, match=r"manifest.json from .*: no such file there"):
         download("sp1024", tmp_path / "data", 1, HuggingFaceHub(REPO, server.url))
 
 
-def test_no_network(tmp_path, server, monkeypatch):
+@pytest.fixture
+def dead_url(server) -> str:
+    """Where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    hub = HuggingFaceHub(REPO, f"http://127.0.0.1:{port}")
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+def test_no_network_is_one_line_at_once_and_leaves_nothing(tmp_path, dead_url, monkeypatch, capfd):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the library tries again"))
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(module, "HuggingFaceHub", lambda repo_id: HuggingFaceHub(repo_id, dead_url))
+    assert main(["data", "download", "--root", str(tmp_path / "data")]) == 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "no connection; check the network and run the same command again" in output.err
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_network_that_goes_away_meanwhile(tmp_path, dead_url, monkeypatch, capfd):
+    hub = HuggingFaceHub(REPO, dead_url)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits between its attempts
     with pytest.raises(DataError, match="no connection; check the network") as caught:
         hub.fetch("datasets/manifest.json", tmp_path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match=r"the list of files .*: no connection"):
-        hub.sizes(["datasets/manifest.json"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_slow_answer_is_no_missing_network(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.05)
+    answer = Answer.do_HEAD
+
+    def slow(self):
+        time.sleep(0.3 if self.path == "/" else 0)
+        answer(self)
+
+    monkeypatch.setattr(Answer, "do_HEAD", slow)
+    HuggingFaceHub(REPO, server.url).check_connection()
+
+
+def test_the_library_told_to_stay_offline(tmp_path, server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set; unset it"):
+        HuggingFaceHub(REPO, server.url).sizes(["datasets/manifest.json"])

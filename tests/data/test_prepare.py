@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgolf.data import prepare
-from pgolf.data.prepare import cut_text, prepare_demo, split_documents, tokenize_files
+from pgolf.data.prepare import prepare_demo, split_documents, tokenize_files
 from pgolf.data.shards import find_shards, read_shard
+from pgolf.data.texts import CUT_CHARACTERS, cut_text
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.errors import DataError, UserError
 
@@ -154,20 +155,6 @@ def test_the_split_does_not_depend_on_the_order():
     assert split_documents(documents, 200)[1] != documents[-25:]
 
 
-@given(text=st.text(alphabet="ab \n", max_size=300), size=st.integers(1, 40))
-def test_cut_text_joins_again(text, size):
-    parts = cut_text(text, size)
-    assert "".join(parts) == text
-    assert all(size <= len(part) <= 2 * size for part in parts[:-1])
-    assert all(parts)
-
-
-def test_cut_text_prefers_blank_lines():
-    text = "one two\nthree\n\nfour five\n\nsix"
-    assert cut_text(text, 9) == ["one two\nthree\n\n", "four five\n\n", "six"]
-    assert cut_text("aaaa bbbb\ncccc", 4) == ["aaaa ", "bbbb\n", "cccc"]
-
-
 WORDS = [
     "the",
     "quick",
@@ -203,7 +190,7 @@ def test_one_big_file(tmp_path):
     ]
     tokenizer = Tokenizer(paths.tokenizer_path)
     train, val = (decoded_documents(tmp_path / "out", split, tokenizer) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(cut_text(prose(0, 30_000), prepare.CUT_CHARACTERS))
+    assert sorted(train + val) == sorted(cut_text(prose(0, 30_000), CUT_CHARACTERS))
     share = sum(map(len, val)) / len(prose(0, 30_000))
     assert 0.03 < share <= 0.1
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -265,8 +252,56 @@ def test_what_cannot_be_tokenized_is_refused_and_leaves_nothing(tmp_path, conten
 def test_missing_files_and_used_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*none.txt: No such file"):
         tokenize_files([tmp_path / "none.txt"], tmp_path / "out")
-    with pytest.raises(DataError, match="directory"):
-        tokenize_files([tmp_path], tmp_path / "out")
     (tmp_path / "a.txt").write_text(prose(0))
     with pytest.raises(UserError, match="not an empty folder"):
         tokenize_files([tmp_path / "a.txt"], tmp_path)
+
+
+def test_what_a_killed_tokenisation_left_is_cleared_at_the_next_start(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(0, 10_000))
+    killed, busy, foreign = (tmp_path / name for name in (".1.pgolf-making", ".2.pgolf-making", ".3.pgolf-making"))
+    for folder in (killed, busy, foreign):
+        folder.mkdir()
+        (folder / ".text").touch()
+    locks = [tmp_path / f".{number}.pgolf-making.lock" for number in (1, 2)]
+    locks[0].touch()
+    with prepare.locked(locks[1]):
+        tokenize_files([tmp_path / "a.txt"], tmp_path / "out", vocab_size=400)
+    assert {path for path in tmp_path.iterdir() if path.name.startswith(".")} == {busy, locks[1], foreign}
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_refused_tokenisation_leaves_no_folder_that_was_not_there(tmp_path):
+    (tmp_path / "a.txt").write_text("too little")
+    with pytest.raises(DataError, match="1 documents"):
+        tokenize_files([tmp_path / "a.txt"], tmp_path / "new" / "er" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_killed_processes_left_of_the_demo_is_cleared(tmp_path, quick_demo):
+    for folder in ("datasets/demo_sp330", "tokenizers"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / ".demo_train_000000.bin.abc.tmp").touch()
+    prepare_demo(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "null",
+        "[]",
+        '{"sha256": null}',
+        '{"sha256": {"/dev/zero": "0", "demo_train_000000.bin": "0", "demo_val_000000.bin": "0"}}',
+        '{"sha256": {"' + "x" * 5000 + '": "0", "\\ud800": "0", "demo_val_000000.bin": "0"}}',
+    ],
+)
+def test_any_prepared_json_is_made_again(tmp_path, quick_demo, text):
+    paths = prepare_demo(tmp_path)
+    good = (paths.data_path / "prepared.json").read_text()
+    damaged = json.loads(good) | json.loads(text) if text.startswith("{") else text
+    (paths.data_path / "prepared.json").write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    prepare_demo(tmp_path)
+    assert len(quick_demo) == 2
+    assert (paths.data_path / "prepared.json").read_text() == good
