@@ -6,6 +6,7 @@ Between two talks of the ranks nothing waits for the device, and at a talk only 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,7 +64,6 @@ class Trainer:
             allow_compilations(GRAPHS)
             options: dict[str, Any] = {"triton.cudagraphs": True} if self.cuda_graphs else {}
             self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False, options=options)
-        self.writer = CheckpointWriter(run.folder, run.log, run.warn)
         self.step = 0
         self.flops = 0  # of all steps, on all ranks together
         self.used_seconds = 0.0  # of the wall-clock budget
@@ -76,6 +76,11 @@ class Trainer:
                 f"TRAIN_BATCH_TOKENS={settings.train_batch_tokens} is {rows} rows of "
                 f"TRAIN_SEQ_LEN={settings.train_seq_len}, which {ranks.world_size} processes cannot share evenly"
             )
+
+    @cached_property
+    def writer(self) -> CheckpointWriter:
+        """Made when first used: a benchmark's trainer belongs to no run."""
+        return CheckpointWriter(self.run.folder, self.run.log, self.run.warn)
 
     @property
     def train_limit_seconds(self) -> float:

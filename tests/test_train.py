@@ -18,7 +18,7 @@ from pgolf.distributed import Ranks
 from pgolf.errors import ArtifactError, UserError
 from pgolf.evaluate import Score
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
-from pgolf.run import Aborted, Interrupted
+from pgolf.run import Aborted, Diverged, Interrupted
 from pgolf.utilisation import flops_per_token
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_a_run_that_begins_badly_is_aborted(trainer):
         t.train(lambda: score)
         assert (t.step, t.run.scored) == (6, [4])
     t = trainer(ITERATIONS="9", ABORT_STEP="4", ABORT_BPB="3")
-    with pytest.raises(Aborted, match="val_bpb nan"):
+    with pytest.raises(Diverged, match=r"^step 4: .* is nan"):
         t.train(lambda: Score(nats=math.nan, tokens=50, bytes=40))
 
 
