@@ -301,6 +301,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, module) {
   using namespace py::literals;
+  pgolf::set_level_of_environment();
   module.doc() = "C++ and CUDA operations on raw addresses; use pgolf.ops, which checks its tensors first.";
 
   module.def("pack_bits", &pack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a = true,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -84,6 +85,16 @@ std::vector<std::string> levels() {
 Level level() { return current().load(std::memory_order_relaxed); }
 
 std::string level_name() { return names[static_cast<int>(level())]; }
+
+void set_level_of_environment() {
+  const char* const name = std::getenv("PGOLF_CPU_LEVEL");
+  if (!name || !*name) return;
+  try {
+    set_level(name);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string("PGOLF_CPU_LEVEL: ") + error.what());
+  }
+}
 
 void set_level(const std::string& name) {
   std::string accepted;

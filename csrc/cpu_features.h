@@ -19,6 +19,9 @@ std::vector<std::string> levels();
 Level level();
 std::string level_name();
 
+// The level that PGOLF_CPU_LEVEL names, where it is set; throws as set_level.
+void set_level_of_environment();
+
 // Throws std::invalid_argument when `name` is not one of levels().
 void set_level(const std::string& name);
 

@@ -117,8 +117,7 @@ void search_group(const TrellisSearch& s, const float* panels, const float* inve
                   float* space) {
 #if PGOLF_X86
   if (level() == Level::avx512vbmi) return avx512::search_group<S>(s, panels, inverse, rate, first, space);
-  if (level() == Level::bmi2 && __builtin_cpu_supports("avx2"))
-    return avx2::search_group<S>(s, panels, inverse, rate, first, space);
+  if (level() >= Level::avx2) return avx2::search_group<S>(s, panels, inverse, rate, first, space);
 #endif
   portable::search_group<S>(s, panels, inverse, rate, first, space);
 }

@@ -42,6 +42,8 @@ def require_installation(program: str) -> None:
     except NotInstalledError as error:
         sys.exit(_refuse(program, str(error)))
     except ImportError as error:
+        if "PGOLF_CPU_LEVEL" in str(error):
+            sys.exit(_refuse(program, str(error)))
         sys.exit(_refuse(program, f"{NATIVE} does not load ({error}); run: {rebuild_command()}"))
 
 

@@ -1,5 +1,10 @@
 """pgolf._native: bit packing against a plain numpy definition, on every code path that this CPU runs."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +13,7 @@ from hypothesis import strategies as st
 import pgolf
 from pgolf import _native as native
 
+ROOT = Path(__file__).parent.parent
 WIDTHS = range(1, 9)
 GUARD = 64
 POISON = 0xA5
@@ -323,3 +329,24 @@ def test_cuda_equals_the_cpu(bits, offset, random):
         for buffer, length in ((packed, size), (restored, count)):
             assert (buffer[:offset] == POISON).all(), "written before the buffer"
             assert (buffer[offset + length :] == POISON).all(), "written past the buffer"
+
+
+@pytest.mark.parametrize("name", native.levels())
+def test_a_level_for_a_whole_process(name):
+    code = "from pgolf import _native; print(_native.level())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PGOLF_CPU_LEVEL": name}, capture_output=True, text=True
+    )
+    assert done.stdout == f"{name}\n", done.stderr
+
+
+def test_a_level_that_is_none_is_refused_in_one_line():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        env={**os.environ, "PGOLF_CPU_LEVEL": "sse"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    accepted = ", ".join(native.levels())
+    assert done.stderr == f"train_gpt.py: PGOLF_CPU_LEVEL: level is 'sse', this CPU accepts: {accepted}\n"
