@@ -75,7 +75,7 @@ def test_data_commands(as_a_user):
     for command in COMMANDS:
         if command.startswith(("pgolf data demo", "pgolf data inspect")):
             assert run(command, as_a_user).strip()
-    own = as_a_user[0] / "my"
+    own = as_a_user[0] / "my-texts"
     own.mkdir()
     for path in (ROOT / "pgolf").glob("*.py"):
         shutil.copy(path, own / f"{path.stem}.txt")
