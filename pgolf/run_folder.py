@@ -7,7 +7,6 @@ here, from time, preset and seed, gets a suffix where it is taken.
 
 import contextlib
 import itertools
-import json
 import os
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from pgolf import checkpoint
 from pgolf.errors import UserError
-from pgolf.files import Lines, make_folder
+from pgolf.files import Lines, make_folder, read_json
 
 ARTIFACT = "model.pgolf"
 LEFTOVERS = ("settings.json", "metrics.jsonl", "summary.json", "report.html")
@@ -70,7 +69,7 @@ def default_name(preset: str, seed: int) -> str:
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary in a run's folder; {} where there is none that can be read."""
     try:
-        found = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        found = read_json(path / "summary.json")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -7,7 +7,7 @@ import pytest
 
 from pgolf.errors import UserError
 from pgolf.files import Lines, WriteError
-from pgolf.run_folder import claim, default_name
+from pgolf.run_folder import claim, default_name, read_summary
 
 
 def test_a_name_is_made_from_time_preset_and_seed():
@@ -118,3 +118,9 @@ def test_a_line_that_does_not_fit_leaves_nothing(tmp_path):
     lines.file = file
     lines.add("whole too")
     assert (tmp_path / "log").read_text() == "whole\nwhole too\n"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"seconds": ', "\udcff"])
+def test_a_summary_that_is_none_says_nothing(tmp_path, text):
+    (tmp_path / "summary.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    assert read_summary(tmp_path) == {}
