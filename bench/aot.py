@@ -61,6 +61,8 @@ def compile_variant(variant: Variant, architecture: int = 90) -> Resources:
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     options |= {"debug": variant.debug, "sanitize_overflow": False}
+    if variant.registers:
+        options["maxnreg"] = variant.registers
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return read_cubin(compiled.asm["cubin"], variant.num_warps, compiled.metadata.shared)
 

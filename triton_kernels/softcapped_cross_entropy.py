@@ -32,9 +32,12 @@ from pgolf.triton_kernels.variants import Variant, architecture
 class Launch:
     largest_block: int  # longer rows are read twice, in blocks of this size
     values_per_thread: int
+    # Of a thread that holds so many values of a whole row and writes their gradient. Left to itself, the assembler of
+    # Triton 3.7 takes 80 and spills two; those of 3.6 and 3.9 take 96.
+    gradient_registers: int | None = None
 
 
-LAUNCHES = {90: Launch(largest_block=16384, values_per_thread=64)}
+LAUNCHES = {90: Launch(largest_block=16384, values_per_thread=64, gradient_registers=96)}
 SAFE_LAUNCH = Launch(largest_block=8192, values_per_thread=32)
 # The assertion is compiled in with `debug`, which by itself would also check every addition of integers.
 OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
@@ -228,6 +231,7 @@ def launch(
     if rows == 0:
         return
     config = LAUNCHES.get(architecture(logits.device), SAFE_LAUNCH)
+    registers = _registers(classes, config, gradient is not None)
     written = logits if gradient is None else gradient
     with torch.cuda.device_of(logits):
         softcapped_cross_entropy_kernel[(rows,)](
@@ -247,6 +251,7 @@ def launch(
             ASSEMBLY=logits.device.type == "cuda",
             **_blocks(classes, largest_block or config.largest_block),
             num_warps=_warps(classes, config),
+            **({"maxnreg": registers} if registers else {}),
             **OPTIONS,
         )
 
@@ -270,6 +275,12 @@ def _blocks(classes: int, largest: int) -> dict[str, int | bool]:
 def _warps(classes: int, config: Launch) -> int:
     block = min(triton.next_power_of_2(classes), config.largest_block)
     return max(block // (32 * config.values_per_thread), 1)
+
+
+def _registers(classes: int, config: Launch, gradient: bool) -> int | None:
+    """Of a thread at most; None: as the compiler likes. Rows with masks, or in several blocks, need others."""
+    full = classes == 32 * config.values_per_thread * _warps(classes, config) <= config.largest_block
+    return config.gradient_registers if gradient and full else None
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -297,6 +308,7 @@ def _variant(rows: int, classes: int, gradient: bool, note: str = "") -> Variant
         constexprs=constexprs,
         num_warps=_warps(classes, config),
         num_stages=3,
+        registers=_registers(classes, config, gradient),
         programs=rows,
         bytes_moved=(2 if gradient else 1) * 2 * logits + 8 * rows + 4 * rows,
         flops=(14 if gradient else 9) * logits,

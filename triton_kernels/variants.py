@@ -26,6 +26,7 @@ class Variant:
     flops: int
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16 at this shape: pointers, sizes
     debug: bool = False  # device assertions are compiled in
+    registers: int | None = None  # of a thread at most; None: as the compiler likes
 
 
 def signature(kernel: Any, constexprs: dict[str, Any], **types: str) -> dict[str, str]:
