@@ -1,8 +1,10 @@
 """What all tests share: made-up data for runs of a second, and bench/ in the path (`import aot`)."""
 
+import getpass
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported; pgo
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # `pytest -n`: the workers share the cores
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+# Inductor's cache does not know ATEN_CPU_CAPABILITY: what was made for vectors of 512 bits is taken where they have
+# 256, and writes behind its buffers.
+setting = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+cache = Path(tempfile.gettempdir()) / f"pgolf-tests-inductor-{getpass.getuser()}-{setting}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
