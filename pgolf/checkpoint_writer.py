@@ -26,15 +26,15 @@ class CheckpointWriter:
         self.keep_old = True  # False while the newest file is a damaged one
         self.count, self.stopped_seconds = 0, 0.0
 
-    def begin(self, state: State) -> None:
-        """Copy `state` to the host, which is all that the caller waits for, and have it written."""
+    def begin(self, state: State, since: float) -> None:
+        """Copy `state` to the host, which is all that the caller waits for, and have it written. The training clock
+        has stood still `since` then (time.perf_counter), and does until this returns."""
         if self.pending and not self.pending.done():
             self.warn(f"checkpoint of step {state['step']} left out: the one before it is still being written")
             return
         self.settle()
-        begin = time.perf_counter()
         copy = self._on_host(state)
-        stopped = time.perf_counter() - begin
+        stopped = time.perf_counter() - since
         self.stopped_seconds += stopped
         self.told = f"step:{state['step']} clock_stopped:{1000 * stopped:.0f}ms"
         self.pending = self.thread.submit(self._write, copy)

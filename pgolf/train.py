@@ -295,6 +295,7 @@ class Trainer:
     def save(self, beside: bool = False) -> None:
         """Write the checkpoint, from the first rank; with `beside`, while training goes on. All ranks must call it:
         each has a part of the momentum."""
+        begin = time.perf_counter()
         optimisers = self.optimisers.state_dict()
         if not self.ranks.first:
             return
@@ -307,7 +308,10 @@ class Trainer:
             "flops": self.flops,
             "used_seconds": self.used_seconds,
         }
-        (self.writer.begin if beside else self.writer.write)(state)
+        if beside:
+            self.writer.begin(state, since=begin)
+        else:
+            self.writer.write(state)
         self.run.note(checkpoints=self.writer.count, checkpoint_seconds=round(self.writer.stopped_seconds, 3))
 
     def load(self) -> None:
