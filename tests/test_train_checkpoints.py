@@ -134,7 +134,7 @@ def test_checkpoints_come_with_the_minutes_and_stop_the_clock_for_a_copy_alone(t
 
     def slowly(path, state, keep_old):
         writing.append((t.step, state["step"], threading.current_thread() is threading.main_thread()))
-        time.sleep(0.1)
+        time.sleep(0.4)
         return save(path, state, keep_old)
 
     monkeypatch.setattr(checkpoint, "save", slowly)
@@ -146,7 +146,7 @@ def test_checkpoints_come_with_the_minutes_and_stop_the_clock_for_a_copy_alone(t
     assert not any(in_main for *_, in_main in beside)
     assert last == (150, 150, True)
     assert t.run.noted["checkpoints"] == len(writing)
-    assert t.run.noted["checkpoint_seconds"] < 0.1 * len(beside)  # a write takes longer
+    assert t.run.noted["checkpoint_seconds"] < 0.4 * len(beside)  # a write takes longer
     before, newest = (torch.load(tmp_path / n, weights_only=True) for n in (checkpoint.PREVIOUS, "checkpoint.pt"))
     assert (newest["step"], before["step"]) == (150, beside[-1][1])
     lines = [line for line in t.run.lines if line.startswith("checkpoint: step:")]
