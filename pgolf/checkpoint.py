@@ -8,8 +8,6 @@ declares must fit into the file, every number must be of its type and in its ran
 import errno
 import math
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from pgolf.errors import UserError
 from pgolf.files import replacing
+from pgolf.torch_file import load_plain
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -142,30 +141,17 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _read(path: Path) -> Any:
-    """What torch.load makes of the file; its own words, which advise to run what the file holds, are kept back."""
+    """The tensors and plain values in the file, no more bytes of them than it has."""
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as container:
-            entries = container.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise CheckpointError(f"{path}: not a checkpoint of a run (it is compressed, which a run never does)")
-        if sum(entry.file_size for entry in entries) > size:
-            raise CheckpointError(f"{path}: not a checkpoint of a run (it declares more bytes than the file has)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or 'input/output error'})") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: not a checkpoint of a run (it holds more than tensors and numbers)") from None
-    except Exception:  # whatever a damaged file makes torch raise
-        raise CheckpointError(f"{path}: not a checkpoint, or damaged or cut short") from None
+        state = load_plain(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a run ({error})") from None
     storages = {}
     for tensor in tensors_in(state):
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: not a checkpoint of a run (a tensor of a kind that no run writes)")
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    if sum(storages.values()) > size:
+    if sum(storages.values()) > path.stat().st_size:
         raise CheckpointError(f"{path}: not a checkpoint of a run (its tensors are larger than the file)")
     return state
 

@@ -31,7 +31,7 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
     except ValueError:
         raise
     except Exception:  # whatever a damaged container makes zipfile raise
-        raise ValueError("no file of torch.save, or cut short") from None
+        raise ValueError("no file of torch.save, or damaged or cut short") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 import zipfile
 
@@ -165,6 +166,12 @@ def test_a_damaged_file_is_one_line(cut, tmp_path):
     path = tmp_path / CHECKPOINT
     checkpoint.save(path, state_of())
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match=r"damaged or cut short|more bytes than") as error:
+    with pytest.raises(CheckpointError, match=r"it is empty|damaged or cut short|more bytes than") as error:
         checkpoint.load(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_pipe_in_its_place_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not a checkpoint of a run"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
