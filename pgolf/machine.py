@@ -14,11 +14,15 @@ from pgolf.ops.backends import native
 
 
 def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU and on CPUs with bfloat16 arithmetic, else float32."""
+    """`auto`: bfloat16 on a GPU and on CPUs whose bfloat16 arithmetic torch may use, else float32."""
     if asked != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
+    if device.type == "cuda":
+        return torch.bfloat16
+    # Held below AVX-512 by ATEN_CPU_CAPABILITY, torch's attention in bfloat16 fails on a CPU that has more.
+    allowed = torch.backends.cpu.get_cpu_capability() not in ("NO AVX", "DEFAULT", "AVX2")
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = device.type == "cuda" or any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    fast = allowed and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if fast else torch.float32
 
 
