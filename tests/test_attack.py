@@ -7,28 +7,30 @@ import pytest
 
 pytest.importorskip("resource")
 sys.path.append(str(Path(__file__).parent.parent / "bench" / "studies"))
-import attack
+from attacks import artifacts, outcomes
 
 
 def test_outcomes_of_a_process_that_dies(capfd):
-    found = attack.watch(lambda seed: ["sh", "-c", f"echo {seed}; echo {seed} refused; echo 77; kill -9 $$"], 0.5, 3)
+    found = outcomes.watch(
+        "a trial", lambda seed: ["sh", "-c", f"echo {seed}; echo {seed} refused; echo 77; kill -9 $$"], 0.5, 3
+    )
     assert found["crash"] == found["refused"] > 0
     assert "seed 77: crash: status -9" in capfd.readouterr().err
 
 
 def test_outcomes_of_a_process_that_hangs(capfd, monkeypatch):
-    monkeypatch.setattr(attack, "HANG_SECONDS", 0.2)
-    found = attack.watch(lambda seed: ["sh", "-c", f"echo {seed}; exec sleep 60"], 0.5, 3)
+    monkeypatch.setattr(outcomes, "HANG_SECONDS", 0.2)
+    found = outcomes.watch("a trial", lambda seed: ["sh", "-c", f"echo {seed}; exec sleep 60"], 0.5, 3)
     assert found["hang"] > 0
     assert found.total() == found["hang"]
     assert "seed 3: hang" in capfd.readouterr().err
 
 
 def test_mutants_of_a_model_are_refused_or_valid(tmp_path):
-    attack.write_good_artifact(tmp_path / "good.pgolf")
-    assert attack.read_and_build(tmp_path / "good.pgolf") == ("valid", "")
+    artifacts.write_good_artifact(tmp_path / "good.pgolf")
+    assert artifacts.read_and_build(tmp_path / "good.pgolf") == ("valid", "")
     whole, trial, outcomes = (tmp_path / "good.pgolf").read_bytes(), tmp_path / "trial.pgolf", []
     for seed in range(60):
-        trial.write_bytes(attack.mutant(whole, seed))
-        outcomes.append(attack.read_and_build(trial)[0])
+        trial.write_bytes(artifacts.mutant(whole, seed))
+        outcomes.append(artifacts.read_and_build(trial)[0])
     assert set(outcomes) == {"refused", "valid"}

@@ -1,0 +1,1 @@
+"""One file a kind of attack; `python bench/studies/attack.py` runs them."""
