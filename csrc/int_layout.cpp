@@ -16,7 +16,9 @@ std::vector<std::vector<Plane>> strips_of(const std::vector<IntTensor>& tensors,
     strips.back().push_back(plane);
     room -= plane.count;
   };
+  const auto at_place = [=](int64_t place) { return values ? values + place : nullptr; };
   int index = 0;
+  int64_t begin = 0;
   for (const IntTensor& tensor : tensors) {
     const int64_t all = tensor.values();
     if (all > 0 && tensor.low < tensor.high) {
@@ -26,12 +28,12 @@ std::vector<std::vector<Plane>> strips_of(const std::vector<IntTensor>& tensors,
       const int64_t most = std::max<int64_t>(strip_values / cols, 1) * cols;  // of a plane: whole rows
       for (int64_t at = 0; at < all; at += matrix)
         for (int64_t from = 0; from < matrix; from += most) {
-          int8_t* first = values + at + from;
-          const int8_t* previous = at > 0 && matrix <= most ? first - matrix : nullptr;
-          add({first, previous, std::min(most, matrix - from), cols, tensor.low, tensor.high, index});
+          const int64_t first = begin + at + from;
+          const int8_t* previous = at > 0 && matrix <= most ? at_place(first - matrix) : nullptr;
+          add({at_place(first), previous, std::min(most, matrix - from), cols, tensor.low, tensor.high, index});
         }
     }
-    values += all;
+    begin += all;
     ++index;
   }
   return strips;

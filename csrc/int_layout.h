@@ -25,8 +25,8 @@ struct Plane {
   int tensor;
 };
 
-// The strips of `tensors`, whose values lie one after another from `values`. Tensors that hold no values, or one over
-// and over, have no planes.
+// The strips of `tensors`, whose values lie one after another from `values`, which is null where only the counts are
+// wanted. Tensors that hold no values, or one over and over, have no planes.
 std::vector<std::vector<Plane>> strips_of(const std::vector<IntTensor>& tensors, int8_t* values);
 
 int64_t values_of(const std::vector<Plane>& strip);

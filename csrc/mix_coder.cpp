@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <memory>
 
 #include "int_coder.h"
@@ -5,6 +6,19 @@
 #include "range_coder.h"
 
 namespace pgolf {
+namespace {
+
+// The model can say 0 of a plane that has none, where a payload is damaged.
+bool is_within_bounds(const Plane& plane) {
+  int8_t least = plane.values[0], most = least;
+  for (int64_t i = 0; i < plane.count; ++i) {
+    least = std::min(least, plane.values[i]);
+    most = std::max(most, plane.values[i]);
+  }
+  return least >= plane.low && most <= plane.high;
+}
+
+}  // namespace
 
 std::vector<uint8_t> encode_mix(const std::vector<Plane>& strip, int trellis_states) {
   std::vector<uint8_t> payload;
@@ -23,7 +37,7 @@ bool decode_mix(const uint8_t* payload, size_t size, const std::vector<Plane>& s
   RangeDecoder coder(payload, size);
   const auto model = std::make_unique<MixModel<RangeDecoder>>(coder, trellis_states);
   for (const Plane& plane : strip)
-    if (!model->matrix(plane, {})) return false;
+    if (!model->matrix(plane, {}) || !is_within_bounds(plane)) return false;
   return coder.at_end();
 }
 

@@ -72,7 +72,7 @@ int NgramCounts::take(const uint16_t* x, const Ahead& ahead, Evidence* evidence)
   uint32_t owner = no_owner;
   for (int length = 1;; ++length) {
     if (!context->owner) {
-      keep_leaf(context, owner, x[-length], static_cast<uint32_t>(stream_.position()));
+      keep_leaf(context, owner, x[-length], stream_.position());
       return length - 1;
     }
     if (context->distinct == 0) {
@@ -124,7 +124,7 @@ void NgramCounts::split(const uint16_t* x, Context* leaf, int length, int agreei
   }
   if (static_cast<uint64_t>(agreeing) < stream_.position()) {
     const uint16_t older = x[-agreeing - 1];
-    keep_leaf(contexts_.place(owner, older), owner, older, static_cast<uint32_t>(stream_.position()));
+    keep_leaf(contexts_.place(owner, older), owner, older, stream_.position());
   }
 }
 
@@ -169,10 +169,10 @@ bool NgramCounts::keep(Context* node, uint32_t owner, uint16_t token) {
   return true;
 }
 
-void NgramCounts::keep_leaf(Context* leaf, uint32_t owner, uint16_t token, uint32_t position) {
+void NgramCounts::keep_leaf(Context* leaf, uint32_t owner, uint16_t token, uint64_t position) {
   const bool known = stream_.on_record() || position != stream_.position();  // what follows must be on record
   if (!known) leaf = nullptr;
-  if (keep(leaf, owner, token)) leaf->total = position;
+  if (keep(leaf, owner, token)) leaf->total = static_cast<uint32_t>(position);  // a record has fewer than 2^32
 }
 
 int NgramCounts::look(Seen* seen) const {

@@ -104,7 +104,7 @@ class NgramCounts {
   int take(const uint16_t* x, const Ahead& ahead, Evidence* evidence);
   void split(const uint16_t* x, Context* leaf, int length, int agreeing);
   Evidence add(Context* context, uint16_t token);
-  void keep_leaf(Context* leaf, uint32_t owner, uint16_t token, uint32_t position);
+  void keep_leaf(Context* leaf, uint32_t owner, uint16_t token, uint64_t position);
   bool keep(Context* node, uint32_t owner, uint16_t token);
   int agreement(uint32_t position, const uint16_t* x, int length, int reach) const;
   void forget();

@@ -1,16 +1,10 @@
-// The coder without Python, for test_coder.py: to build it with other flags, and to feed it damaged blobs.
+// The coder without Python, for test_coder.py: to build it with other flags.
 //
-//   coder_driver encode IN OUT KIND TRELLIS BYTES COUNT ROWS COLS   KIND: 0 mix, 1 static, 2 floats of BYTES bytes
-//   coder_driver fuzz SEED MUTATIONS BLOB...   prints how many were refused and the most CPU seconds that one took
+//   coder_driver IN OUT KIND TRELLIS BYTES COUNT ROWS COLS   KIND: 0 mix, 1 static, 2 floats of BYTES bytes
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <ctime>
 #include <fstream>
 #include <iterator>
-#include <random>
-#include <string>
 
 #include "coder.h"
 
@@ -50,55 +44,6 @@ int encode(char** arguments) {
   return 0;
 }
 
-Bytes mutate(Bytes data, std::mt19937_64& random) {
-  auto below = [&](uint64_t limit) { return random() % limit; };
-  for (uint64_t changes = 1 + below(3); changes > 0 && !data.empty(); --changes) {
-    const uint64_t at = below(2) ? below(std::min<uint64_t>(data.size(), 24)) : below(data.size());
-    switch (below(6)) {
-      case 0: data[at] ^= 1 << below(8); break;
-      case 1: data[at] = static_cast<uint8_t>(random()); break;
-      case 2: data.resize(at); break;
-      case 3: data.erase(data.begin() + at, data.begin() + std::min<uint64_t>(data.size(), at + 1 + below(9))); break;
-      case 4: data.insert(data.begin() + at, 1 + below(9), static_cast<uint8_t>(random())); break;
-      default: std::fill(data.begin() + at, data.end(), below(2) ? 0 : 255);
-    }
-  }
-  return data;
-}
-
-int fuzz(int seed, int mutations, char** paths, int count) {
-  std::mt19937_64 random(seed);
-  int refused = 0;
-  double longest = 0;
-  for (int i = 0; i < count; ++i) {
-    const Bytes whole = read_file(paths[i]);
-    for (int j = 0; j < mutations; ++j) {
-      const Bytes damaged = mutate(whole, random);
-      // A copy of exactly this size on the heap, so that the sanitizer sees a byte too far.
-      uint8_t* data = static_cast<uint8_t*>(std::malloc(damaged.size() + !damaged.size()));
-      std::copy(damaged.begin(), damaged.end(), data);
-      const std::clock_t begin = std::clock();
-      pgolf::Blob blob;
-      const char* problem = pgolf::read_blob(data, damaged.size(), blob);
-      if (!problem && blob.bytes() <= 1 << 22) {
-        Bytes values(static_cast<size_t>(blob.bytes()));
-        problem = pgolf::decode_blob(blob, values.data(), 1 + j % 2);
-      }
-      longest = std::max(longest, static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC);
-      refused += problem != nullptr;
-      std::free(data);
-    }
-  }
-  std::printf("%d %.3f\n", refused, longest);
-  return 0;
-}
-
 }  // namespace
 
-int main(int count, char** arguments) {
-  const std::string command = count > 1 ? arguments[1] : "";
-  if (command == "encode" && count == 10) return encode(arguments + 2);
-  if (command == "fuzz" && count > 4)
-    return fuzz(std::atoi(arguments[2]), std::atoi(arguments[3]), arguments + 4, count - 4);
-  return 2;
-}
+int main(int count, char** arguments) { return count == 9 ? encode(arguments + 1) : 2; }

@@ -7,21 +7,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CODER = (*("coder", "float_coder", "int_layout", "logistic", "match_rows", "mix_coder", "static_coder"),)
+NGRAM = ("hint_counts", "ngram_cache", "ngram_counts")
 SOURCES = {
-    "coder_driver": (*("coder", "float_coder", "int_layout", "logistic", "match_rows", "mix_coder", "static_coder"),),
-    "ngram_driver": ("hint_counts", "ngram_cache", "ngram_counts"),
+    "coder_driver": CODER,
+    "ngram_driver": NGRAM,
+    "fuzz/coder": CODER,
+    "fuzz/ngram": NGRAM,
+    "fuzz/kernels": ("cpu_features", "gptq", "gptq_refine", "pack_bits", "trellis"),
 }
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-def build(program: Path, driver: str, *flags: str) -> str:
+def build(program: Path, driver: str, *flags: str, compiler: str = "g++") -> str:
     """Compile tests/`driver`.cpp and what it needs: "", or what the compiler said."""
     sources = [ROOT / "tests" / f"{driver}.cpp", *(ROOT / "csrc" / f"{source}.cpp" for source in SOURCES[driver])]
+    if driver.startswith("fuzz/"):
+        sources.append(ROOT / "tests" / "fuzz" / "harness.cpp")
     command = [
-        "g++",
+        compiler,
         "-std=c++17",
         "-pthread",
+        "-ffp-contract=off",  # as in CMakeLists.txt
         "-I",
         str(ROOT / "csrc"),
         *flags,

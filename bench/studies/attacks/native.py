@@ -12,30 +12,26 @@ from attacks.outcomes import HANG_SECONDS, note
 
 def coder_blobs(seconds: float, seed: int) -> Counter[str]:
     """Decoded by the coder's own code under the sanitizers."""
-    from test_coder import sample_blobs
+    from fuzz_seeds import write_seeds
 
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name.replace(" ", "_") for name in sample_blobs()]
-        for path, blob in zip(paths, sample_blobs().values(), strict=True):
-            path.write_bytes(blob)
-        return drive(
-            "coder_driver", lambda at: ["fuzz", str(at), "500", *map(str, paths)], 500 * len(paths), seconds, seed
-        )
+        paths = write_seeds("coder", Path(folder))
+        return drive("fuzz/coder", lambda at: [str(at), "200", *map(str, paths)], seconds, seed)
 
 
 def ngram_snapshots(seconds: float, seed: int) -> Counter[str]:
     """Restored, learned from and saved again under the sanitizers."""
-    return drive("ngram_driver", lambda at: [str(at), "8", "250"], 8 * 250, seconds, seed)
+    return drive("ngram_driver", lambda at: [str(at), "8", "250"], seconds, seed)
 
 
-def drive(driver: str, arguments: Callable[[int], list[str]], attempts: int, seconds: float, seed: int) -> Counter[str]:
-    """Runs of a driver of the tests, which prints how many of its attempts were refused."""
+def drive(driver: str, arguments: Callable[[int], list[str]], seconds: float, seed: int) -> Counter[str]:
+    """Runs of a driver of the tests, which prints how many of its attempts were refused and how many valid."""
     from native_drivers import SANITIZED, build
 
     found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "driver"
-        problem = build(program, driver, *SANITIZED, "-O1")
+        problem = build(program, driver, *SANITIZED, "-O1", "-w")
         if problem:
             raise SystemExit(f"{driver}: {problem.strip()[-500:]}")
         end = time.monotonic() + seconds
@@ -48,9 +44,9 @@ def drive(driver: str, arguments: Callable[[int], list[str]], attempts: int, sec
                     said = (done.stderr or done.stdout).strip().splitlines()
                     note(driver, seed, "crash", said[0] if said else f"status {done.returncode}", found)
                 else:
-                    refused = int(done.stdout.split()[0])
-                    found.update(refused=refused, valid=attempts - refused)
+                    refused, valid = map(int, done.stdout.split()[:2])
+                    found.update(refused=refused, valid=valid)
             except subprocess.TimeoutExpired:
-                note(driver, seed, "hang", f"{10 * HANG_SECONDS:g} s for {attempts} attempts", found)
+                note(driver, seed, "hang", f"{10 * HANG_SECONDS:g} s for one run", found)
             seed += 1
     return found
