@@ -10,6 +10,7 @@
 #include "cpu_features.h"
 #include "gptq.h"
 #include "gptq_refine.h"
+#include "int_layout.h"
 #include "ngram_bindings.h"
 #include "pack_bits.h"
 #include "trellis.h"
@@ -27,9 +28,22 @@ void require(bool right, const char* name, int64_t value, const char* accepted) 
   if (!right) throw py::value_error(std::string(name) + " is " + std::to_string(value) + ", accepted is " + accepted);
 }
 
+// The product of sizes, each 0 or more. More than any memory holds is refused, so that no kernel's numbers overflow.
+int64_t product(std::initializer_list<int64_t> sizes) {
+  constexpr int64_t most = int64_t{1} << 48;
+  int64_t all = 1;
+  for (const int64_t each : sizes) {
+    const bool fits = each <= most && (each == 0 || all <= most / each);
+    require(fits, "size", each, "what makes at most 2^48 with the others");
+    all *= each;
+  }
+  return all;
+}
+
 void check(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits) {
   require(bits >= 1 && bits <= 8, "bits", bits, "1 to 8");
   require(count >= 0, "count", count, "0 or more");
+  product({count});
   require(src != 0 || count == 0, "src", 0, "an address, or 0 with a count of 0");
   require(dst != 0 || count == 0, "dst", 0, "an address, or 0 with a count of 0");
 }
@@ -54,14 +68,23 @@ Value* pointer(uintptr_t address) {
   return reinterpret_cast<Value*>(address);
 }
 
+void check_columns(int64_t n) { require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216"); }
+
 pgolf::Hessians hessians(uintptr_t data, int64_t count, int64_t n) {
   require(count >= 0, "count", count, "0 or more");
-  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  check_columns(n);
+  product({count, n, n});
   require(data != 0 || count == 0, "hessians", 0, "an address, or 0 with a count of 0");
   return {pointer<const float>(data), count, n};
 }
 
 void check_limit(int64_t limit) { require(limit >= 1 && limit <= 127, "limit", limit, "1 to 127"); }
+
+// The columns of a matrix, as numbers of places in its rows.
+void check_order(const int64_t* order, int64_t matrix, int64_t n) {
+  for (int64_t i = matrix * n; i < (matrix + 1) * n; ++i)
+    require(order[i] >= 0 && order[i] < n, "order", order[i], "0 to n - 1");
+}
 
 std::vector<int> check_hessians(uintptr_t data, int64_t count, int64_t n, float tolerance, int64_t threads) {
   const pgolf::Hessians bank = hessians(data, count, n);
@@ -71,12 +94,12 @@ std::vector<int> check_hessians(uintptr_t data, int64_t count, int64_t n, float 
 }
 
 std::vector<int64_t> factor_hessians(uintptr_t data, int64_t count, int64_t n, uintptr_t order, uintptr_t diagonal,
-                                     const std::vector<int64_t>& which, uintptr_t factors,
-                                     int64_t threads) {
+                                     const std::vector<int64_t>& which, uintptr_t factors, int64_t threads) {
   const pgolf::Hessians bank = hessians(data, count, n);
   for (int64_t each : which) require(each >= 0 && each < count, "which", each, "0 to count - 1");
   const bool there = order != 0 && diagonal != 0 && factors != 0;
   require(there || which.empty(), "order, diagonal or factors", 0, "an address");
+  for (int64_t each : which) check_order(pointer<const int64_t>(order), each, n);
   std::vector<uint8_t> failed(which.size());
   pgolf::factor_hessians(bank, pointer<const int64_t>(order), pointer<const float>(diagonal), which.data(),
                          static_cast<int64_t>(which.size()), pointer<float>(factors), failed.data(),
@@ -87,14 +110,21 @@ std::vector<int64_t> factor_hessians(uintptr_t data, int64_t count, int64_t n, u
   return bad;
 }
 
-void round_columns(uintptr_t weight, uintptr_t order, uintptr_t factors, uintptr_t scale, uintptr_t values,
-                   int64_t count, int64_t rows, int64_t n, int64_t limit, int64_t threads) {
+int64_t check_sizes(int64_t count, int64_t rows, int64_t n) {
   require(count >= 0, "count", count, "0 or more");
   require(rows >= 0, "rows", rows, "0 or more");
-  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  check_columns(n);
+  product({count, n, n});
+  return product({count, rows, n});
+}
+
+void round_columns(uintptr_t weight, uintptr_t order, uintptr_t factors, uintptr_t scale, uintptr_t values,
+                   int64_t count, int64_t rows, int64_t n, int64_t limit, int64_t threads) {
+  const bool is_empty = check_sizes(count, rows, n) == 0;
   check_limit(limit);
   const bool there = weight != 0 && order != 0 && factors != 0 && scale != 0 && values != 0;
-  require(there || count * rows == 0, "weight, order, factors, scale or values", 0, "an address");
+  require(there || is_empty, "weight, order, factors, scale or values", 0, "an address");
+  for (int64_t i = 0; i < count && !is_empty; ++i) check_order(pointer<const int64_t>(order), i, n);
   pgolf::round_columns({pointer<const float>(weight), pointer<const int64_t>(order), pointer<const float>(factors),
                         pointer<const float>(scale), pointer<int8_t>(values), count, rows, n, static_cast<int>(limit)},
                        check_threads(threads));
@@ -102,14 +132,12 @@ void round_columns(uintptr_t weight, uintptr_t order, uintptr_t factors, uintptr
 
 void refine(uintptr_t weight, uintptr_t hessians, uintptr_t values, uintptr_t scale, int64_t count, int64_t rows,
             int64_t n, int64_t limit, int64_t sweeps, int64_t refits, int64_t threads) {
-  require(count >= 0, "count", count, "0 or more");
-  require(rows >= 0, "rows", rows, "0 or more");
-  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  const bool is_empty = check_sizes(count, rows, n) == 0;
   check_limit(limit);
   require(sweeps >= 0 && sweeps <= 1 << 20, "sweeps", sweeps, "0 to 1048576");
   require(refits >= 0 && refits <= 1 << 20, "refits", refits, "0 to 1048576");
   const bool there = weight != 0 && hessians != 0 && values != 0 && scale != 0;
-  require(there || count * rows == 0, "weight, hessians, values or scale", 0, "an address");
+  require(there || is_empty, "weight, hessians, values or scale", 0, "an address");
   pgolf::refine({pointer<const float>(weight), pointer<const float>(hessians), pointer<int8_t>(values),
                  pointer<float>(scale), count, rows, n, static_cast<int>(limit), static_cast<int>(sweeps),
                  static_cast<int>(refits)},
@@ -123,12 +151,13 @@ void require_address(uintptr_t address, const char* name, int64_t count) {
 void check_matrix(int64_t rows, int64_t columns) {
   require(rows >= 0, "rows", rows, "0 or more");
   require(columns >= 0 && columns <= INT32_MAX, "columns", columns, "0 to 2147483647");
+  product({rows, columns});
 }
 
 void trellis_search(uintptr_t target, uintptr_t factor, uintptr_t rate, uintptr_t weight, uintptr_t indices,
                     int64_t rows, int64_t columns, int64_t states, int64_t limit, int64_t threads) {
   check_matrix(rows, columns);
-  require(limit >= 1 && limit <= 127, "limit", limit, "1 to 127");
+  check_limit(limit);
   require(states == 4 || states == 8, "states", states, "4 or 8");
   require_address(target, "target", rows * columns);
   require_address(factor, "factor", columns);
@@ -144,6 +173,7 @@ void trellis_search(uintptr_t target, uintptr_t factor, uintptr_t rate, uintptr_
 pgolf::TrellisBank check_bank(uintptr_t classes, int64_t matrices, int64_t rows, int64_t columns, int64_t states) {
   check_matrix(rows, columns);
   require(matrices >= 0, "matrices", matrices, "0 or more");
+  product({matrices, rows, columns});
   require(states == 4 || states == 8, "states", states, "4 or 8");
   require_address(classes, "classes", matrices * columns);
   return {matrices, rows, columns, pointer<const int8_t>(classes)};
@@ -179,14 +209,12 @@ void unpack_bits_cuda(uintptr_t src, uintptr_t dst, int64_t count, int64_t bits,
 void round_block_cuda(uintptr_t weight, uintptr_t work, uintptr_t factor, uintptr_t scale, uintptr_t values,
                       uintptr_t difference, int64_t count, int64_t rows, int64_t n, int64_t start, int64_t width,
                       int64_t limit, uintptr_t stream) {
-  require(count >= 0, "count", count, "0 or more");
-  require(rows >= 0, "rows", rows, "0 or more");
-  require(n >= 1 && n <= 1 << 24, "n", n, "1 to 16777216");
+  const bool is_empty = check_sizes(count, rows, n) == 0;
   require(width >= 1 && width <= 128, "width", width, "1 to 128");
-  require(start >= 0 && start + width <= n, "start", start, "0 to n - width");
+  require(start >= 0 && start <= n - width, "start", start, "0 to n - width");
   check_limit(limit);
   const bool there = weight && work && factor && scale && values && difference;
-  require(there || count * rows == 0, "one of the addresses", 0, "an address");
+  require(there || is_empty, "one of the addresses", 0, "an address");
   throw_if_any(pgolf::round_block_cuda(
       {pointer<const float>(weight), pointer<const float>(work), pointer<const float>(factor),
        pointer<const float>(scale), pointer<int8_t>(values), pointer<float>(difference), count, rows, n, start,
@@ -198,6 +226,7 @@ void round_block_cuda(uintptr_t weight, uintptr_t work, uintptr_t factor, uintpt
 using Shape = std::vector<int64_t>;
 
 void check_tensors(uintptr_t values, const pgolf::Blob& blob) {
+  require(blob.is_list || blob.tensors.size() == 1, "tensors", blob.tensors.size(), "1 where there is no list");
   require(blob.tensors.size() <= pgolf::most_tensors, "tensors", blob.tensors.size(), "at most 4096");
   int64_t total = 0;
   for (const pgolf::CodedTensor& each : blob.tensors) {
@@ -210,6 +239,18 @@ void check_tensors(uintptr_t values, const pgolf::Blob& blob) {
     require(total <= pgolf::most_bytes, "bytes", total, "at most 2^28");
   }
   require(values != 0 || total == 0, "values", 0, "an address, or 0 without values");
+}
+
+// The encoders count the values from a tensor's least on; one without values has the bounds 0 and 0.
+void check_bounds(const int8_t* values, const pgolf::Blob& blob) {
+  for (const pgolf::CodedTensor& each : blob.tensors) {
+    const int64_t count = each.values();
+    int8_t least = count ? values[0] : 0, most = least;
+    for (int64_t i = 0; i < count; ++i) least = std::min(least, values[i]), most = std::max(most, values[i]);
+    require(each.low <= least && (count || each.low == 0), "low", each.low, "at most the least value, 0 without any");
+    require(each.high >= most && (count || !each.high), "high", each.high, "at least the greatest value, 0 without any");
+    values += count;
+  }
 }
 
 py::bytes as_bytes(const std::vector<uint8_t>& data) {
@@ -226,6 +267,8 @@ py::bytes encode_ints(uintptr_t values, const std::vector<std::tuple<Shape, int,
   require(known, "trellis_states", trellis_states, "0, 4 or 8");
   for (const auto& [shape, low, high] : tensors) {
     require(shape.size() <= 3, "dimensions", shape.size(), "at most 3");
+    const bool is_short = trellis_states == 0 || shape.empty() || shape.back() <= pgolf::most_plane_columns;
+    require(is_short, "columns", shape.empty() ? 1 : shape.back(), "at most 65536 with a trellis");
     require(low >= -128 && low <= high && high <= 127, "low", low, "-128 to high, which is at most 127");
     blob.tensors.push_back({shape, low, high, 1});
   }
@@ -233,7 +276,8 @@ py::bytes encode_ints(uintptr_t values, const std::vector<std::tuple<Shape, int,
   std::vector<uint8_t> data;
   {
     py::gil_scoped_release unlocked;
-    data = pgolf::encode_ints(blob, reinterpret_cast<const int8_t*>(values), check_threads(threads));
+    check_bounds(pointer<const int8_t>(values), blob);
+    data = pgolf::encode_ints(blob, pointer<const int8_t>(values), check_threads(threads));
   }
   return as_bytes(data);
 }
@@ -310,7 +354,7 @@ PYBIND11_MODULE(_native, module) {
              "when a value does not fit.");
   module.def("unpack_bits", &unpack_bits, "src"_a, "dst"_a, "count"_a, "bits"_a, "signed"_a, "threads"_a = 1,
              Unlocked(), "The inverse of pack_bits: `count` bytes at `dst`, sign-extended when `signed`.");
-  module.def("factor_size", [](int64_t n) { return pgolf::factor_size(n); }, "n"_a, "Floats of a factor of n columns.");
+  module.def("factor_size", [](int64_t n) { return check_columns(n), pgolf::factor_size(n); }, "n"_a, "Floats of a factor of n columns.");
   module.def("check_hessians", &check_hessians, "hessians"_a, "count"_a, "n"_a, "tolerance"_a,
              "threads"_a = 1, Unlocked(),
              "For each float32 matrix the sum of 1 (NaN or infinity), 2 (negative diagonal) and 4 (not symmetric).");

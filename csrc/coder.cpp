@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #include "float_coder.h"
@@ -65,7 +65,7 @@ bool in_threads(size_t count, int threads, Work work) {
   pool.reserve(most);
   try {
     while (pool.size() + 1 < most) pool.emplace_back(loop);
-  } catch (const std::system_error&) {  // no more threads to be had
+  } catch (const std::exception&) {  // no more threads, or no memory for one
   }
   loop();
   for (std::thread& each : pool) each.join();

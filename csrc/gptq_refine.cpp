@@ -92,6 +92,7 @@ void refine_rows(const Refinement& bank, const float* h, const float* packed, co
 }  // namespace
 
 void refine(const Refinement& bank, int threads) {
+  if (bank.count == 0 || bank.rows == 0) return;  // there need be no Hessian
   const int64_t n = bank.n, width = strip_count(n) * strip_rows, tiles = (bank.rows + strip_rows - 1) / strip_rows;
   const int64_t panels = (n + columns_at_once - 1) / columns_at_once;
   std::vector<float> packed(panels * columns_at_once * n), inverse(width);

@@ -75,24 +75,38 @@ std::unique_ptr<NgramCache> new_ngram_cache(int64_t vocab_size, const std::vecto
       counts, pgolf::MixConfig{static_cast<pgolf::Mixing>(mixing), lengths, concentration, discount});
 }
 
-std::unique_ptr<HintCache> new_hint_cache(int64_t vocab_size, int order, double threshold, int64_t boundary, bool reset,
+std::unique_ptr<HintCache> new_hint_cache(int64_t vocab_size, int64_t order, double threshold, int64_t boundary, bool reset,
                                           int64_t memory_bytes) {
+  require(order >= 2 && order <= pgolf::most_context + 1, "order", order, "2 to 16");
   return std::make_unique<HintCache>(counts_config(vocab_size, order - 1, boundary, reset, memory_bytes,
                                                    pgolf::HintCounts::least_bytes()),
                                      threshold);
 }
 
+// The counts are found by token.
+void check_tokens(const uint16_t* tokens, int64_t count, int vocab_size) {
+  uint16_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, tokens[i]);
+  require(most < vocab_size, "token", most, "0 to vocab_size - 1");
+}
+
 template <class Cache>
 void update(Cache& cache, uintptr_t tokens, int64_t count) {
   const auto* from = pointer<const uint16_t>(tokens, "tokens", count);
-  cache.with([&](auto& inner) { inner.update(from, count); });
+  cache.with([&](auto& inner) {
+    check_tokens(from, count, inner.vocab_size());
+    inner.update(from, count);
+  });
 }
 
 void score(NgramCache& cache, uintptr_t tokens, uintptr_t base, uintptr_t out, int64_t count) {
   const auto* from = pointer<const uint16_t>(tokens, "tokens", count);
   const auto* base_logprob = pointer<const double>(base, "base", count);
   auto* logprob = pointer<double>(out, "out", count);
-  cache.with([&](auto& inner) { inner.score(from, base_logprob, logprob, count); });
+  cache.with([&](auto& inner) {
+    check_tokens(from, count, inner.vocab_size());
+    inner.score(from, base_logprob, logprob, count);
+  });
 }
 
 void distribution(NgramCache& cache, uintptr_t base, uintptr_t out) {
@@ -105,7 +119,10 @@ void hints(HintCache& cache, uintptr_t tokens, uintptr_t hints, uintptr_t gates,
   const auto* from = pointer<const uint16_t>(tokens, "tokens", count);
   auto* found = pointer<uint16_t>(hints, "hints", count);
   auto* open = pointer<uint8_t>(gates, "gates", count);
-  cache.with([&](auto& inner) { inner.hints(from, found, open, count); });
+  cache.with([&](auto& inner) {
+    check_tokens(from, count, inner.vocab_size());
+    inner.hints(from, found, open, count);
+  });
 }
 
 std::optional<int> next_hint(HintCache& cache) {

@@ -24,6 +24,7 @@ class NgramCache {
   // The next token's whole distribution, given the base's.
   void distribution(const double* base, double* out) const;
 
+  int vocab_size() const { return config().vocab_size; }
   CountsStats stats() const { return counts_->stats(); }
   std::vector<uint8_t> save() const;
   bool load(const uint8_t* data, size_t size);  // false, and as before, where the bytes are no snapshot of such a cache
@@ -47,6 +48,7 @@ class HintCache {
   void update(const uint16_t* tokens, int64_t count);
   bool look(uint16_t& hint) const;  // the next token's; whether its gate is open
 
+  int vocab_size() const { return config_.vocab_size; }
   CountsStats stats() const { return counts_->stats(); }
   std::vector<uint8_t> save() const;
   bool load(const uint8_t* data, size_t size);

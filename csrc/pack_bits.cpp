@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -197,7 +197,7 @@ void in_threads(int64_t count, int threads, Work work) {
     const int64_t length = std::min(share, count - first);
     try {
       pool.emplace_back(work, first, length);
-    } catch (const std::system_error&) {  // no more threads to be had
+    } catch (const std::exception&) {  // no more threads, or no memory for one
       work(first, length);
     }
   }

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -25,7 +25,7 @@ void share_out(int64_t count, int threads, Work work) {
   for (int worker = 1; worker <= helpers; ++worker) {
     try {
       pool.emplace_back(serve, worker);
-    } catch (const std::system_error&) {  // no more threads to be had
+    } catch (const std::exception&) {  // no more threads, or no memory for one
       break;
     }
   }

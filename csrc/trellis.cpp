@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <exception>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -151,10 +151,11 @@ Memory make_panels(const TrellisSearch& s) {
 template <class Work>
 void in_threads(int64_t threads, Work work) {
   std::vector<std::thread> pool;
+  pool.reserve(threads);
   for (int64_t i = 1; i < threads; ++i) {
     try {
       pool.emplace_back(work);
-    } catch (const std::system_error&) {  // no more threads to be had
+    } catch (const std::exception&) {  // no more threads, or no memory for one
       break;
     }
   }
@@ -163,21 +164,20 @@ void in_threads(int64_t threads, Work work) {
 }
 
 // Calls index = visit(row, place, quantiser) for every index of the rows [first, last) of the bank, as the machine
-// takes them.
+// takes them. `order` has room for the columns.
 template <class Visit>
-void walk(const TrellisBank& bank, const Machine& m, int64_t first, int64_t last, Visit visit) {
-  std::vector<int32_t> order(bank.columns);
+void walk(const TrellisBank& bank, const Machine& m, int64_t first, int64_t last, int32_t* order, Visit visit) {
   for (int64_t row = first; row < last; ++row) {
     if (row == first || row % bank.rows == 0) {
       const int8_t* classes = bank.classes + row / bank.rows * bank.columns;
-      int32_t* next = order.data();
+      int32_t* next = order;
       for (int each = 0; each < 4; ++each)
         for (int32_t j = 0; j < bank.columns; ++j)
           if ((classes[j] & 3) == each) *next++ = j;
     }
     int state = 0;
-    for (const int32_t column : order)
-      state = m.next[state][visit(row, row * bank.columns + column, m.quantiser[state]) & 1];
+    for (int64_t i = 0; i < bank.columns; ++i)
+      state = m.next[state][visit(row, row * bank.columns + order[i], m.quantiser[state]) & 1];
   }
 }
 
@@ -219,12 +219,15 @@ void trellis_dequantize(const TrellisBank& bank, const int8_t* indices, const fl
                         int threads) {
   const Machine& m = machine(states);
   const int64_t rows = bank.matrices * bank.rows;
+  if (rows == 0 || bank.columns == 0) return;
   const int64_t parts = std::max<int64_t>(
       1, std::min<int64_t>({threads, rows, rows * bank.columns / values_a_thread / 256}));
+  std::vector<int32_t> orders(parts * bank.columns);  // here, where want of memory can be told
   std::atomic<int64_t> next_part{0};
   in_threads(parts, [&] {
     for (int64_t part; (part = next_part++) < parts;) {
-      walk(bank, m, rows * part / parts, rows * (part + 1) / parts, [&](int64_t row, int64_t at, int quantiser) {
+      int32_t* order = orders.data() + part * bank.columns;
+      walk(bank, m, rows * part / parts, rows * (part + 1) / parts, order, [&](int64_t row, int64_t at, int quantiser) {
         out[at] = static_cast<float>(level_of(indices[at], quantiser)) * scale[row];
         return indices[at];
       });
