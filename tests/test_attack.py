@@ -1,13 +1,15 @@
 """bench/studies/attack.py: what it counts, and that it names the seed of what went wrong."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("resource")
 sys.path.append(str(Path(__file__).parent.parent / "bench" / "studies"))
-from attacks import artifacts, outcomes
+import attack
+from attacks import artifacts, coverage, outcomes
 
 
 def test_outcomes_of_a_process_that_dies(capfd):
@@ -34,3 +36,40 @@ def test_mutants_of_a_model_are_refused_or_valid(tmp_path):
         trial.write_bytes(artifacts.mutant(whole, seed))
         outcomes.append(artifacts.read_and_build(trial)[0])
     assert set(outcomes) == {"refused", "valid"}
+
+
+def test_an_attack_without_its_tool_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(coverage.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["attack.py", "--only", "native_readers", "--seconds", "1"])
+    assert attack.main() == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("native_readers: left out: needs clang++")
+    assert said.out.splitlines()[1].split() == ["native_readers", "left", "out"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "outcome", "cause"),
+    [
+        (
+            "crash",
+            "INFO: x\nwrong: a blob has two meanings\n==1== ERROR: libFuzzer: deadly signal\n",
+            "crash",
+            "a blob",
+        ),
+        ("crash", "a.cpp:3:1: runtime error: shift of 9\n", "crash", "runtime error: shift of 9"),
+        ("crash", "==1==ERROR: AddressSanitizer: SEGV on 0x1\n", "crash", "AddressSanitizer: SEGV"),
+        ("crash", "wrong: too much memory: read_blob allocates 9 bytes\n", "too much memory", "read_blob allocates"),
+        ("timeout", "==1== ERROR: libFuzzer: timeout after 60 seconds\n", "hang", "timeout after 60"),
+        ("oom", "==1== ERROR: libFuzzer: out-of-memory (used: 2048Mb)\n", "too much memory", "out-of-memory"),
+    ],
+)
+def test_what_ends_a_run_of_the_fuzzer_is_told_with_its_bytes(tmp_path, capsys, kind, said, outcome, cause):
+    artifact = tmp_path / f"coder-7-{kind}-0123"
+    artifact.write_bytes(b"\0abc")
+    found = Counter()
+    coverage.tell("coder", 7, said, [artifact], found)
+    assert found == {outcome: 1}
+    line = capsys.readouterr().err
+    assert line.startswith(f"native_readers, coder, seed 7: {outcome}: ")
+    assert cause in line
+    assert f"{artifact} AGFiYw==" in line

@@ -3,8 +3,8 @@
     python bench/studies/attack.py                  # a minute in all
     python bench/studies/attack.py --seconds 3600 --seed 7 --only artifacts
 
-Each attack is a function (seconds, seed) -> Counter of outcomes, in `ATTACKS`; seconds include its start. Needs Linux
-and g++.
+Each attack is a function (seconds, seed) -> Counter of outcomes, in `ATTACKS`, or None where it is left out for want of
+a tool; seconds include its start. Needs Linux and g++, `native_readers` clang with libFuzzer.
 
     refused             one line said what is wrong
     valid               as good as any other input, and used
@@ -24,10 +24,11 @@ from collections import Counter
 from collections.abc import Callable
 
 from attacks.artifacts import artifacts
+from attacks.coverage import native_readers
 from attacks.native import coder_blobs, ngram_snapshots
 from attacks.outcomes import FAILURES, OUTCOMES
 
-ATTACKS: list[Callable[[float, int], Counter[str]]] = [artifacts, coder_blobs, ngram_snapshots]
+ATTACKS: list[Callable[[float, int], Counter[str] | None]] = [artifacts, coder_blobs, ngram_snapshots, native_readers]
 
 
 def main() -> int:
@@ -45,8 +46,11 @@ def main() -> int:
     else:
         print(f"{f'seed {seed}':20}{'attempts':>12}" + "".join(f"{outcome:>17}" for outcome in OUTCOMES))
         for name, counts in found.items():
+            if counts is None:
+                print(f"{name:20}{'left out':>12}")
+                continue
             print(f"{name:20}{counts.total():>12,}" + "".join(f"{counts[outcome]:>17,}" for outcome in OUTCOMES))
-    return int(any(counts[outcome] for counts in found.values() for outcome in FAILURES))
+    return int(any(counts[outcome] for counts in found.values() if counts for outcome in FAILURES))
 
 
 if __name__ == "__main__":
