@@ -52,6 +52,9 @@ void check_layout(const pgolf::Blob& blob) {
   }
   skip();
   if (tensor != tensors.size()) fuzz::fail("values without a plane");
+  for (const auto& strip : pgolf::strips_of(tensors, nullptr))
+    for (const pgolf::Plane& plane : strip)
+      if (plane.values || plane.previous) fuzz::fail("a plane of no values has an address");
 }
 
 bool is_within_bounds(const pgolf::Blob& blob, const Bytes& values) {
