@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 
 #include "ngram_counts.h"
 
@@ -65,7 +66,7 @@ class Mixer {
     }
     if (config_.mixing != Mixing::adaptive || !used) {
       trace.used = 0;
-      return p;
+      return base > 0 ? std::max(p, least_probability) : p;
     }
     trace.base = base;
     trace.chain = p;
@@ -109,6 +110,7 @@ class Mixer {
   // Of 0.2, 0.3 and 0.5; 2, 4 and 8; 0.002 to 0.015: best on documentation and on books, none far from the others.
   static constexpr double first_weight = 0.3, patience = 4, slowest = 0.01, settled = 1 / slowest - patience;
   static constexpr double least_weight = 1e-6, least_trust = 1e-5;
+  static constexpr double least_probability = std::numeric_limits<double>::min();  // small factors can end in 0
   static constexpr double most_seen = 0x1p62;  // tokens; in a snapshot
 
   // n in 12 classes (1, 2, 3, then two a power of two) and t in 8: exactly one, or by its share of n.

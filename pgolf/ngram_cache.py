@@ -36,6 +36,7 @@ class NgramCache:
       stream: about one bit, and 2e-5 bits a token.
     - "dirichlet": p_k = (c_k(x) + a p_(k-1)) / (n_k + a).
     - "pyp": p_k = (max(c_k(x) - d, 0) + (a + d t_k) p_(k-1)) / (n_k + a), Pitman-Yor with one table a successor.
+    - "dirichlet" and "pyp": p is 2.2e-308 at least, since many small factors can end in 0.
     - "tilt": at most one hint h from the strict prefix, p(x) e^(b [x = h]) / (1 + p(h) (e^b - 1)).
 
     A probability depends on the tokens before, on the model's probabilities of them, and on the settings; however a
@@ -183,9 +184,9 @@ class NgramCache:
             hint = self._cache.next_hint()
             if hint is None:
                 return base.copy()
-            lift = np.expm1(self.boost)
-            probs = base / (1 + base[hint] * lift)
-            probs[hint] *= 1 + lift
+            lifted = base[hint] * np.exp(self.boost)
+            probs = base / (1 - base[hint] + lifted)
+            probs[hint] *= np.exp(self.boost)
             return probs
         out = np.empty(self.vocab_size, np.float64)
         self._cache.distribution(base.ctypes.data, out.ctypes.data)
@@ -293,9 +294,11 @@ def tilt(logp_target: ArrayLike, logp_hint: ArrayLike, is_hint: ArrayLike, beta:
 
     The distribution behind it sums to one for every beta; beta 0 changes nothing, so a closed gate is a beta of 0.
     """
-    target = np.asarray(logp_target, np.float64)
+    target, hint = (np.asarray(logp, np.float64) for logp in (logp_target, logp_hint))
     lift = np.asarray(beta, np.float64)
-    return target + np.where(is_hint, lift, 0.0) - np.log1p(np.exp(np.asarray(logp_hint, np.float64)) * np.expm1(lift))
+    with np.errstate(divide="ignore"):
+        log_total = np.log1p(np.exp(hint) * np.expm1(lift))
+    return target + np.where(is_hint, lift, 0.0) - np.maximum(log_total, hint + lift)  # of p(hint) = 1 no 1 - 1 is left
 
 
 def _need(right: bool, name: str, value: object, accepted: str) -> None:

@@ -245,6 +245,28 @@ def test_what_repeats_is_learned(rng):
     assert -logprob[1000:].mean() < 0.2 * math.log(1024)
 
 
+@pytest.mark.parametrize("mixing", CHAINS)
+def test_what_is_all_but_impossible_has_a_finite_cost(mixing):
+    """Every level multiplies the base's probability, and it can be the least that a float64 holds already."""
+    for concentration in (1e-300, None, 1e300):
+        cache = NgramCache(3, range(2, 17), mixing, memory_bytes=1 << 22, concentration=concentration, discount=0.0)
+        cache.update(np.zeros(5000, int))
+        (logprob,) = cache.score([2], [-700.0])
+        assert -math.inf < logprob < -650
+        cache.update(np.zeros(5000, int))
+        total = cache.distribution([1.0, 0.0, math.exp(-700.0)]).sum()
+        assert total == pytest.approx(1.0, abs=1e-12)
+
+
+def test_tilt_against_a_hint_that_is_certain():
+    for boost in (-50.0, -40.0, -1.0, 0.0, 50.0):
+        assert tilt([0.0], [0.0], [True], boost)[0] == pytest.approx(0.0, abs=1e-12)
+        assert -800 < tilt([-700.0], [0.0], [False], boost)[0] < -600
+        cache = NgramCache(4, [2], "tilt", memory_bytes=1 << 22, boost=boost)
+        cache.update([1, 2] * 20 + [1])
+        np.testing.assert_allclose(cache.distribution([0.0, 0.0, 1.0, 0.0]), [0.0, 0.0, 1.0, 0.0], atol=1e-12)
+
+
 def test_tilt_is_a_distribution(rng):
     base = rng.dirichlet(np.full(30, 0.5), 200)
     hint = rng.integers(30, size=200)
