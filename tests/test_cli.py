@@ -9,10 +9,10 @@ from small_trainer import make_trainer, no_score
 
 from pgolf.artifact import StoredTensor, write_artifact
 from pgolf.cli import main
-from pgolf.cli.eval import scoring_of
 from pgolf.errors import PgolfError
 from pgolf.files import write_json
 from pgolf.model import Model, ModelConfig, role_of
+from pgolf.scoring import scoring_of
 from pgolf.settings import PRESETS, load_settings
 from pgolf.size import entropy_bits, projected_bytes
 

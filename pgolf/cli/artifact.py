@@ -4,10 +4,11 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgolf.errors import UserError
+from pgolf.errors import ArtifactError, UserError, one_line
 
 if TYPE_CHECKING:
     from pgolf.artifact import Artifact
@@ -19,7 +20,11 @@ def add_parser(commands: Any) -> None:
     commands = artifact.add_subparsers(dest="artifact_command", required=True, metavar="COMMAND")
     for name, run, text in (
         ("show", _show, "every stream's shape, bits, bytes, bits a weight and share of the file"),
-        ("verify", _verify, "decode everything and check it against checksums and the model it describes"),
+        (
+            "verify",
+            _verify,
+            "decode everything and check it against checksums, the model it describes and how it is to be scored",
+        ),
         ("compare", _compare, "bytes and seconds of other compressors on the same tensors"),
     ):
         command = commands.add_parser(name, help=text)
@@ -105,12 +110,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from pgolf.artifact import VERSION, read_artifact
     from pgolf.quantize import model_from_artifact
+    from pgolf.scoring import scoring_of
 
     path = _path(arguments.file)
     artifact = read_artifact(path)
     describes = "model" in artifact.metadata
-    if describes:
+    if describes:  # all that `pgolf eval` takes from it
         model_from_artifact(artifact, torch.float32, torch.device("cpu"))
+        scoring_of(artifact.metadata.get("scoring"))
+        if not _is_sha256(artifact.metadata.get("tokenizer_sha256")):
+            raise ArtifactError("artifact: its metadata does not name its tokenizer by a SHA-256")
     result = {
         "artifact": str(path),
         "version": VERSION,
@@ -125,10 +134,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         of = "the model that it describes" if describes else "no model described"
         print(
-            f"{path}: sound: version {VERSION}, {result['bytes']:,} bytes, {result['tensors']} tensors, "
+            f"{one_line(path)}: sound: version {VERSION}, {result['bytes']:,} bytes, {result['tensors']} tensors, "
             f"{result['weights']:,} weights, {of}, sha256 {result['sha256']}"
         )
     return 0
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -3,13 +3,11 @@
 import argparse
 import json
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
-from pgolf.errors import ArtifactError, DataError, UserError, one_line
+from pgolf.errors import DataError, UserError, one_line
+from pgolf.scoring import LONGEST_CONTEXT, scoring_of
 
-LONGEST_CONTEXT = 131_072  # tokens
-MOST_PIECES = 65_536
 MIXINGS = ("adaptive", "dirichlet", "pyp", "tilt")  # of pgolf.ngram_cache, which needs torch
 
 
@@ -90,22 +88,3 @@ def run(arguments: argparse.Namespace) -> int:
             where = one_line(data_path)
             print(f"{where}: no prepared.json names the tokenizer of its shards; whether it is this one is unknown")
     return 0
-
-
-def scoring_of(stored: Any, seq_len: int | None, stride: int | None) -> dict[str, Any]:
-    """How an artifact wants to be scored, with what the command line says instead."""
-    scoring = {"stride": 0, "bos_id": None, **(stored if isinstance(stored, dict) else {})}
-    given = {"seq_len": seq_len, "stride": stride if stride is not None or seq_len is None else 0}
-    scoring |= {name: value for name, value in given.items() if value is not None}
-    length, stride, bos_id = (scoring.get(name) for name in ("seq_len", "stride", "bos_id"))
-    if type(length) is not int or not 1 <= length <= LONGEST_CONTEXT:
-        raise UserError(f"--seq-len {shortened(length)}: must be a whole number from 1 to {LONGEST_CONTEXT}")
-    if type(stride) is not int or not 0 <= stride <= length:
-        raise UserError(
-            f"--stride {shortened(stride)}: must be a whole number from 0 (no overlap) to --seq-len {length}"
-        )
-    if scoring.keys() != {"seq_len", "stride", "bos_id"} or not (
-        bos_id is None or (type(bos_id) is int and 0 <= bos_id < MOST_PIECES)
-    ):
-        raise ArtifactError("artifact: its metadata does not say how to score it")
-    return scoring
