@@ -162,9 +162,11 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
 def main() -> int:
     def run_all() -> None:
         settings = settings_of_run(cuda=torch.cuda.is_available())
-        check_environment(("leaky_relu2_mlp", "newton_schulz", *OPERATIONS[settings.quantizer]))
-        with launch(settings.device, settings.process_timeout_seconds) as ranks, Run(settings, ranks) as run:
-            run_training(settings, ranks, run)
+        with launch(settings.device, settings.process_timeout_seconds) as ranks:
+            check_environment(("leaky_relu2_mlp", "newton_schulz"), ranks.device.type)
+            check_environment(OPERATIONS[settings.quantizer], "cpu")  # there the first rank quantises
+            with Run(settings, ranks) as run:
+                run_training(settings, ranks, run)
 
     return ending("train_gpt.py", run_all) or 0
 

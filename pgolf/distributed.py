@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf.errors import PgolfError, UserError
+from pgolf.errors import PgolfError, UserError, one_line
 from pgolf.files import make_folder, replacing
 
 PATIENCE = timedelta(hours=1)  # of `Ranks.wait`, while the first rank prepares data
@@ -150,6 +150,23 @@ def _lost_peers_told(rank: int) -> Iterator[None]:
         raise LostProcess(rank, re.sub(r"^\[[^]]*\]\s*", "", line).partition(". ")[0]) from error  # [file:line] first
 
 
+def _place() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine), as `torchrun` tells them; alone where it tells nothing."""
+    found = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "0")):
+        text = os.environ.get(name, default)
+        if not (text.isascii() and text.isdecimal() and len(text) <= 6):
+            raise UserError(f"{name}={one_line(text, 80)}: must be a whole number, which torchrun sets")
+        found.append(int(text))
+    rank, world_size, local_rank, _ = found
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size}: ranks are 0 to WORLD_SIZE - 1; torchrun sets both")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}; torchrun sets them all")
+    return rank, world_size, local_rank
+
+
 @contextlib.contextmanager
 def launch(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ranks]:
     """Join the other processes of this run, which `torchrun` names through the environment; leave them at the end.
@@ -159,9 +176,7 @@ def launch(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ran
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda: no CUDA device here; accepted are auto and cpu (`pgolf doctor` tells why)")
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world_size, local_rank = _place()
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise UserError(

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from pgolf.errors import PgolfError, UserError, one_line
+from pgolf.errors import PgolfError, UserError, one_line, out_of_memory
 from pgolf.presets import PRESETS, default_preset
 
 USAGE = """\
@@ -80,12 +80,16 @@ def ending(program: str, work: Callable[[], int | None], may_be_cut: bool = Fals
         return 0 if may_be_cut and isinstance(error, BrokenPipeError) else complain(program, error)
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if words := out_of_memory(error):
+            return complain(program, words)
+        raise
 
 
 def complain(program: str, error: object) -> int:
     """Print one line; the status of a refusal."""
     with contextlib.suppress(OSError):
-        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        print(one_line(f"{program}: {error}"), file=sys.stderr)
     return 2
 
 

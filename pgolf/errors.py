@@ -5,6 +5,7 @@ so whatever prints one sends it through `one_line`.
 """
 
 MOST_LETTERS = 300  # of a message
+NO_MEMORY = ("OutOfMemoryError", "not enough memory", "can't allocate memory", "can't start new thread")
 
 
 class PgolfError(Exception):
@@ -23,12 +24,24 @@ class ScoreError(PgolfError, ArithmeticError):
     """A model that has no score: the sum of its losses is not a number, or infinite."""
 
 
+class QuantizeError(PgolfError, ArithmeticError):
+    """Weights, or second moments of what they are multiplied with, that are not finite or too large to be stored."""
+
+
 class ArtifactError(PgolfError, ValueError):
     """A `.pgolf` file that is damaged, hostile, or of a version this build does not read."""
 
 
 class NotInstalledError(UserError, ImportError):
     """A part of pgolf that is not built, or built from other sources; the message names the command that mends it."""
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """A line for an error that says so, be it Python's own or torch's, of the host or of a device; "" for any other."""
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY):
+        return f"out of memory ({said})"
+    return ""
 
 
 def one_line(message: object, most: int = MOST_LETTERS) -> str:

@@ -17,7 +17,7 @@ from pgolf import low_rank, ops, rate_budget
 from pgolf.artifact import Artifact, ByteCount, StoredTensor
 from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
-from pgolf.errors import ArtifactError, UserError
+from pgolf.errors import ArtifactError, QuantizeError, UserError
 from pgolf.model import LOOKED_UP, Model, ModelConfig, role_of
 from pgolf.rate_budget import Coded, Fit
 from pgolf.settings import Settings, validate
@@ -62,6 +62,9 @@ def collect_hessians(
         if (name, index) != (owner, its_index):
             hessians[name][index] = hessians[owner][its_index]
     ranks.sum_(*hessians.values())
+    for name, hessian in hessians.items():
+        if not hessian.isfinite().all():
+            raise QuantizeError(f"{name}: the second moments of its inputs are not finite")
     return {name: hessian.cpu() for name, hessian in hessians.items()}
 
 
@@ -79,11 +82,16 @@ def quantize(
         role = role_of(name)
         shape = tuple(weight.shape)
         if role == "control" or rate_budget.bits_of(name, settings) == 16:
+            if not weight.half().isfinite().all():
+                raise QuantizeError(f"{name}: holds numbers that are not finite in float16")
             stored.append(StoredTensor(name, role, shape, weight.half(), None, 16))
             continue
         bits = rate_budget.bits_of(name, settings)
         clip_sigmas = (clips or {}).get(name, rate_budget.clip_of(name, settings))
-        found = rate_budget.quantize_tensor(name, weight, hessians, settings, clip_sigmas)
+        try:
+            found = rate_budget.quantize_tensor(name, weight, hessians, settings, clip_sigmas)
+        except ValueError as error:
+            raise QuantizeError(f"{name}: {error}") from None
         stored.append(StoredTensor(name, role, shape, found.values, found.scale, bits, found.order, found.states))
         alive()
     if settings.lqer_rank:

@@ -21,7 +21,7 @@ import torch
 from pgolf import checkpoint, ops
 from pgolf.checkpoint import CHECKPOINT
 from pgolf.distributed import LostProcess, Ranks
-from pgolf.errors import PgolfError, UserError
+from pgolf.errors import PgolfError, QuantizeError, ScoreError, UserError, out_of_memory
 from pgolf.files import WriteError, finite, write_json
 from pgolf.machine import cpu_levels, cpu_name
 from pgolf.report import write_report
@@ -172,17 +172,22 @@ class Run(RunLog):
             self.close()
             self.log(f"interrupted{self._how_to_go_on()}")
             sys.exit(128 + (self.signal or signal.SIGTERM))
+        alone = isinstance(error, QuantizeError)  # what the first rank does while the others wait
+        if isinstance(error, ScoreError | QuantizeError):
+            error = Diverged(f"{error}; {self._safe()}")
         if isinstance(error, Ended):
             self.note(**{error.name: True})
             self.close()
             self.log(f"{error.name}: {error}")
-            self._leave_together(error.status)
-        if isinstance(error, PgolfError) and self.own:
+            if not alone:
+                self._leave_together(error.status)
+            sys.exit(error.status)
+        if self.own and error and (isinstance(error, PgolfError) or out_of_memory(error)):
             self._end_refused(error)
         if error is None:
             self._end_whole()
 
-    def _end_refused(self, error: PgolfError) -> None:
+    def _end_refused(self, error: BaseException) -> None:
         """Leave no folder behind for a run that was refused before it did anything, and else all there is to keep."""
         assert self.own
         if {path.name for path in self.folder.iterdir()} <= {"settings.json", "train.log"} and not self.before:
@@ -190,8 +195,9 @@ class Run(RunLog):
             return
         self.note(interrupted=True)
         self.close()
-        if isinstance(error, WriteError):
-            raise UserError(f"{error}; {self._safe()}") from error
+        words = str(error) if isinstance(error, WriteError) else out_of_memory(error)
+        if words:
+            raise UserError(f"{words}; {self._safe()}") from error
         if isinstance(error, LostProcess):
             self.log(f"stopped{self._how_to_go_on()}")
 
@@ -309,8 +315,9 @@ def settings_of_run(cuda: bool) -> Settings:
         return load_settings(cuda=cuda)
     folder = Path(resume)
     path = folder / "settings.json"
-    if not checkpoint.candidates(folder) or not path.is_file():
-        raise UserError(f"RESUME={folder}: no {CHECKPOINT} there; name the folder of an interrupted run")
+    for name, there in ((CHECKPOINT, checkpoint.candidates(folder)), (path.name, path.is_file())):
+        if not there:
+            raise UserError(f"RESUME={folder}: no {name} there; name the folder of an interrupted run")
     saved = read_settings(path)
     asked = load_settings(preset=saved.preset, cuda=cuda).model_dump(exclude={"run_id", "out_dir", "resume"})
     preset = Settings(**{"preset": saved.preset, **PRESETS.get(saved.preset, {})}).model_dump()

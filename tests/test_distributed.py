@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pgolf.distributed import LostProcess, Ranks
+from pgolf.distributed import LostProcess, Ranks, launch
+from pgolf.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -47,3 +48,24 @@ def test_a_first_rank_without_a_sign_of_life_is_lost(monkeypatch):
 def test_one_rank_alone_sends_nothing(monkeypatch):
     monkeypatch.setattr(dist, "broadcast", lambda *args, **kw: pytest.fail("was sent"))
     Ranks(0, 1, CPU).alive(done=True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: must be a whole number"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=99"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0"),
+        ({"RANK": "7"}, "RANK=7 and WORLD_SIZE=1: ranks are 0 to"),
+        ({"LOCAL_RANK": "\u0661"}, "LOCAL_RANK="),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT; torchrun sets them all"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "y"}, "MASTER_PORT=y"),
+    ],
+)
+def test_places_that_no_launcher_names_are_one_line(environ, named, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=named) as error, launch("cpu"):
+        pass
+    assert len(str(error.value)) < 300

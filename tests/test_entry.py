@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.entry import ending
+from pgolf.entry import complain, ending
 from pgolf.errors import MOST_LETTERS, DataError, PgolfError, UserError, one_line
 from pgolf.ops import backends
 from pgolf.quantizers import OPERATIONS, QUANTIZERS
@@ -107,6 +107,8 @@ def test_messages_are_one_short_line_without_control_characters(capsys):
 
     assert ending("pgolf", work) == 2
     assert capsys.readouterr().err == "pgolf: first\\nsecond \\x1b[31m\\x9b\\x7f\\u202e \\udcff end\n"
+    assert complain("pgolf", "x" * 5000) == 2
+    assert len(capsys.readouterr().err) == MOST_LETTERS + 1
     long = one_line(f"start {'x' * 5000} end")
     assert len(long) == MOST_LETTERS
     assert (long[:5], long[-3:]) == ("start", "end")
@@ -125,24 +127,28 @@ def test_every_end_has_its_status(monkeypatch):
     assert raising(UserError("x")) == raising(OSError(28, "full")) == raising(FileNotFoundError(2, "no", "name")) == 2
     assert raising(BrokenPipeError(32, "cut")) == 2  # of a training whose log nobody reads any more
     assert raising(KeyboardInterrupt()) == 130
-    with pytest.raises(ZeroDivisionError):
-        raising(ZeroDivisionError())
+    assert raising(MemoryError()) == raising(torch.OutOfMemoryError("CUDA")) == 2
+    for error in (ZeroDivisionError(), RuntimeError("a bug")):
+        with pytest.raises(type(error)):
+            raising(error)
 
 
 def test_a_backend_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("PGOLF_BACKEND", "foo\x1b")
     with pytest.raises(UserError, match=r"PGOLF_BACKEND=foo\\x1b: no such backend; accepted are reference, native"):
-        backends.check_environment([])
+        backends.check_environment([], "cpu")
 
 
 def test_a_backend_that_a_run_cannot_finish_with_is_refused_before_it_begins(monkeypatch):
     monkeypatch.setenv("PGOLF_BACKEND", "reference")
     assert OPERATIONS.keys() == QUANTIZERS.keys()
     for operations in OPERATIONS.values():
-        backends.check_environment(operations)
+        backends.check_environment(operations, "cpu")
     monkeypatch.setenv("PGOLF_BACKEND", "triton")
     with pytest.raises(PgolfError, match="PGOLF_BACKEND=triton: trellis_quantize has no triton kernel"):
-        backends.check_environment(OPERATIONS["trellis"])
+        backends.check_environment(OPERATIONS["trellis"], "cpu")
+    with pytest.raises(PgolfError, match="PGOLF_BACKEND=triton: triton needs a CUDA device"):
+        backends.check_environment(OPERATIONS["rtn"], "cpu")  # where a run on a GPU unpacks its weights, too
 
 
 def test_the_choice_of_a_backend_is_marked_as_the_compiler_marks_constants():

@@ -10,11 +10,12 @@ import pytest
 import torch
 from test_run import run_here, summary_of
 
-from pgolf import files
+from pgolf import checkpoint, files
 from pgolf.artifact import read_artifact
 from pgolf.distributed import Ranks
 from pgolf.errors import UserError
 from pgolf.files import Lines, WriteError
+from pgolf.quantize import collect_hessians, model_from_artifact
 from pgolf.run import Run
 from pgolf.settings import load_settings
 from pgolf.train import Trainer
@@ -157,3 +158,79 @@ def test_a_console_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch):
             signal.signal(number, handler)
     log = (tmp_path / "one" / "train.log").read_text()
     assert log.index("said\n") < log.index("and again\n")
+
+
+def test_second_moments_that_are_not_finite_end_the_run_in_one_line(run, monkeypatch):
+    monkeypatch.setattr("pgolf.quantize.ops.accumulate_hessian", lambda hessian, x: hessian.fill_(math.inf))
+    status, err, out, folder = run()
+    assert (status, err) == (5, [])
+    assert re.fullmatch(
+        rf"diverged: \w+: the second moments of its inputs are not finite; safe in {folder}: checkpoint\.pt, .*",
+        out[-1],
+    )
+    summary = summary_of(folder)
+    assert (summary["diverged"], summary["steps"], summary["val_bpb_quantized"]) == (True, 6, None)
+    assert (folder / "report.html").exists()
+    assert checkpoint.load(folder / "checkpoint.pt")["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "said"),
+    [
+        (1e9, "up_bank", "up_bank: weight: a row of matrix 0 needs a scale above 65504, the largest float16"),
+        (1e6, "attn_scale", "attn_scale: holds numbers that are not finite in float16"),
+    ],
+)
+def test_weights_too_large_to_be_stored_end_the_run_in_one_line(value, name, said, run, monkeypatch):
+    def collected(model, *rest):
+        hessians = collect_hessians(model, *rest)
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[::2] = value
+        return hessians
+
+    monkeypatch.setattr("train_gpt.collect_hessians", collected)
+    status, err, out, folder = run()
+    assert (status, err) == (5, [])
+    assert out[-1].startswith(f"diverged: {said}; safe in {folder}: checkpoint.pt, ")
+    assert summary_of(folder)["diverged"] is True
+    assert not (folder / "model.pgolf").exists()
+
+
+@pytest.mark.parametrize("ngram", ["off", "adaptive", "tilt"])
+def test_an_artifact_without_a_score_ends_the_run_in_one_line(ngram, run, monkeypatch):
+    def built(*arguments):
+        model = model_from_artifact(*arguments)
+        model.loss_of = lambda logits, targets, reduction: torch.full(targets.shape, math.nan)
+        return model
+
+    monkeypatch.setattr("train_gpt.model_from_artifact", built)
+    status, err, out, folder = run(NGRAM=ngram)
+    assert (status, err) == (5, [])
+    assert re.fullmatch(rf"diverged: .*no finite numbers; safe in {folder}: model\.pgolf, checkpoint\.pt, .*", out[-1])
+    summary = summary_of(folder)
+    assert (summary["diverged"], summary["val_bpb_quantized"]) == (True, None)
+    read_artifact(folder / "model.pgolf")
+
+
+def test_memory_that_is_not_enough_is_one_line(run, monkeypatch):
+    def none_left(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore advice")
+
+    monkeypatch.setattr("train_gpt.read_artifact", none_left)
+    status, (line,), _, folder = run()
+    assert status == 2
+    assert line.startswith(
+        "train_gpt.py: out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.)"
+    )
+    assert line.endswith(": model.pgolf, checkpoint.pt, summary.json, report.html, metrics.jsonl, train.log")
+    assert summary_of(folder)["interrupted"] is True
+
+
+def test_memory_that_is_not_enough_at_first_leaves_no_folder(run, monkeypatch):
+    def none_left(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(Trainer, "warm_up", none_left)
+    status, (line,), _, folder = run()
+    assert (status, line[:41]) == (2, "train_gpt.py: out of memory (MemoryError:")
+    assert not folder.exists()
