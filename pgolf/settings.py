@@ -316,11 +316,11 @@ def validate(values: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # a rule between several fields; its message names them
-            raise UserError(str(first["ctx"]["error"])) from None
+            raise UserError(str(first["ctx"]["error"]) if "ctx" in first else "a name that is no text") from None
         name = str(first["loc"][0])
         if name not in Settings.model_fields:
             raise UserError(f"{one_line(name, 80)}: no such setting") from None
-        if first["type"].startswith(("greater_than", "less_than")):
+        if first["type"].startswith(("greater_than", "less_than", "int_parsing_size")):
             message = f"must be {accepted(name)}"
         elif first["type"] == "value_error":
             message = str(first["ctx"]["error"])

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 import zipfile
 from typing import Any
 
@@ -33,7 +34,9 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
     except Exception:  # whatever a damaged container makes zipfile raise
         raise ValueError("no file of torch.save, or damaged or cut short") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's about its own kinds of tensors
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("it holds more than tensors and plain values, or is damaged; nothing of it was run") from None
     except Exception:  # whatever a damaged file makes torch raise

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.artifact import StoredTensor, write_artifact
+from pgolf.artifact import StoredTensor, read_artifact, write_artifact
 from pgolf.cli import main
 from pgolf.data.prepare import tokenize_files
 from pgolf.data.shards import find_shards, read_shard, write_shard
 from pgolf.data.tokenizer import Tokenizer
+from pgolf.errors import UserError
 from pgolf.model import Model, ModelConfig, role_of
 from pgolf.run import settings_of_run
 from pgolf.saved_settings import STARTED_IN, read_settings, write_settings
@@ -88,9 +89,14 @@ def test_a_run_is_resumed_from_any_folder(project, tmp_path, monkeypatch):
     monkeypatch.setenv("RESUME", "runs/r")
     monkeypatch.setenv("DATA_PATH", "data")
     assert settings_of_run(cuda=False).data_path == "data"
+    (project / "runs" / "r" / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"RESUME=runs/r: no settings\.json there"):
+        settings_of_run(cuda=False)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "7", "", "[" * 100_000, '{"seed": ' + "[" * 100_000, '{"seed": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "7", "", "[" * 100_000, '{"seed": ' + "[" * 100_000, '{"seed": NaN}', '{"\\ud800": 1}']
+)
 def test_settings_that_are_none_are_one_line(project, text, capsys):
     path = project / "runs" / "r" / "settings.json"
     path.write_text(text)
@@ -157,3 +163,22 @@ def test_a_context_that_no_machine_has_is_refused(project, capsys):
     for length in (0, -1, 131_073, 10**12):
         assert "must be a whole number from 1 to 131072" in refusal(capsys, "runs/r", "--seq-len", length)
     assert score(capsys, "runs/r", "--seq-len", 131_072, "--ngram", "adaptive")["val_bpb"] > 0
+
+
+def test_verify_refuses_what_eval_refuses(project, capsys):
+    path = project / "runs" / "r" / "model.pgolf"
+    good = read_artifact(path)
+    assert main(["artifact", "verify", str(path)]) == 0
+    capsys.readouterr()
+    scoring = good.metadata["scoring"]
+    for wrong in (
+        *({"scoring": each} for each in (None, 7, [], {}, {**scoring, "seq_len": 2**31}, {**scoring, "stride": -1})),
+        *({"scoring": {**scoring, "bos_id": each}} for each in (-1, 2**31, "x")),
+        *({"tokenizer_sha256": each} for each in (None, 7, "", "x" * 64)),
+    ):
+        write_artifact(path, good.tensors.values(), {**good.metadata, **wrong})
+        refusal(capsys, "runs/r")
+        assert main(["artifact", "verify", str(path)]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("pgolf: artifact: its metadata ")
+        assert line.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import warnings
 import zipfile
 
 import pytest
@@ -16,6 +17,7 @@ from pgolf.import_checkpoint import convert, read_state, weight_map
 from pgolf.model import Model, ModelConfig
 from pgolf.quantize import model_from_artifact
 from pgolf.settings import load_settings
+from pgolf.torch_file import load_plain
 
 NARROW = {
     "VOCAB_SIZE": "320",
@@ -156,6 +158,7 @@ SPECIAL = {
     "float4": (lambda x: x.to(torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2, but weights are"),
     "integers": (lambda x: x.long(), "int64, but weights are"),
     "complex": (lambda x: x.to(torch.complex64), "complex64, but weights are"),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8, but weights are"),
     "too large for float32": (lambda x: torch.full_like(x, 1e300, dtype=torch.float64), "not finite in float32"),
     "expanded": (lambda x: torch.ones(1).expand(10**6, 10**6), "(1000000, 1000000), but skip_weights needs"),
 }
@@ -178,6 +181,16 @@ def test_special_tensors_are_one_line(kind, tmp_path, tiny_data, monkeypatch, ca
     assert error.count("\n") == 1, error
     assert (f"{path}: skip_weights: " in error and named in error) or "cannot be read as weights" in error
     assert not (tmp_path / "model.pgolf").exists()
+
+
+def test_torch_says_nothing_of_its_own(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), tmp_path / "x.pt")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_plain(tmp_path / "x.pt")
+    assert told == []
 
 
 def repacked(path, compression: int, times: int = 1) -> None:

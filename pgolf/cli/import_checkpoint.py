@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pgolf.errors import UserError
+from pgolf.errors import UserError, one_line
 
 
 def add_parser(commands: Any) -> None:
@@ -33,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
     metadata = {"scoring": settings.scoring, "tokenizer_sha256": tokenizer.sha256}
     config = ModelConfig.of(settings)
     total = import_checkpoint(arguments.checkpoint, arguments.output, config, metadata)
-    print(f"{arguments.output}: {config.parameters():,} parameters in float32, {total:,} bytes")
+    print(f"{one_line(arguments.output)}: {config.parameters():,} parameters in float32, {total:,} bytes")
     return 0
