@@ -24,11 +24,18 @@ from collections import Counter
 from collections.abc import Callable
 
 from attacks.artifacts import artifacts
+from attacks.bad_input import bad_input
 from attacks.coverage import native_readers
 from attacks.native import coder_blobs, ngram_snapshots
 from attacks.outcomes import FAILURES, OUTCOMES
 
-ATTACKS: list[Callable[[float, int], Counter[str] | None]] = [artifacts, coder_blobs, ngram_snapshots, native_readers]
+ATTACKS: list[Callable[[float, int], Counter[str] | None]] = [
+    artifacts,
+    coder_blobs,
+    ngram_snapshots,
+    native_readers,
+    bad_input,
+]
 
 
 def main() -> int:
