@@ -16,7 +16,8 @@ def test_outcomes_of_a_process_that_dies(capfd):
     found = outcomes.watch(
         "a trial", lambda seed: ["sh", "-c", f"echo {seed}; echo {seed} refused; echo 77; kill -9 $$"], 0.5, 3
     )
-    assert found["crash"] == found["refused"] > 0
+    assert found["crash"] > 0
+    assert found["refused"] - found["crash"] in (0, 1)  # the time can be over between the two
     assert "seed 77: crash: status -9" in capfd.readouterr().err
 
 

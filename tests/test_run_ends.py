@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from pgolf.train import Trainer
 @pytest.fixture
 def run(tmp_path, tiny_environ, monkeypatch, capsys):
     """run(BUDGET_BYTES="9") -> (exit status, lines on stderr, lines on stdout, folder)."""
-    quick = {"OUT_DIR": str(tmp_path / "runs"), "RUN_ID": "one", "QUANTIZER": "rtn"}
+    quick = {"OUT_DIR": "runs", "RUN_ID": "one", "QUANTIZER": "rtn"}  # not longer than a line, wherever it is
 
     def run(**environ):
         try:
@@ -33,7 +34,7 @@ def run(tmp_path, tiny_environ, monkeypatch, capsys):
             status = end.code
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if "UserWarning" not in line]
-        return status, lines, out.splitlines(), tmp_path / "runs" / "one"
+        return status, lines, out.splitlines(), Path("runs/one")  # `run_here` stays in tmp_path
 
     return run
 
@@ -222,7 +223,8 @@ def test_memory_that_is_not_enough_is_one_line(run, monkeypatch):
     assert line.startswith(
         "train_gpt.py: out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.)"
     )
-    assert line.endswith(": model.pgolf, checkpoint.pt, summary.json, report.html, metrics.jsonl, train.log")
+    files = "model.pgolf, checkpoint.pt, summary.json, report.html, metrics.jsonl, train.log"
+    assert line.endswith(f"; safe in {folder}: {files}")
     assert summary_of(folder)["interrupted"] is True
 
 
