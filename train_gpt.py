@@ -6,9 +6,14 @@
 Every setting of pgolf/settings.py is an environment variable of its upper-case name, or an argument NAME=value.
 """
 
+import os
+import signal
 import sys
 from functools import partial
 from itertools import islice
+
+if __name__ == "__main__":  # until a run has something to lose and waits for it itself, Ctrl-C ends without a word
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from pgolf.checkout import require_installation
 from pgolf.entry import begin_training, ending
@@ -152,9 +157,12 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log(f"Total submission size: {total} bytes of {settings.budget_bytes}, left: {settings.budget_bytes - total}")
     if ranks.first:
         with run.timed("compressors"):
-            others = run.attempt("the other compressors' figures", compressors_bpb, data) or {}
+            others = run.attempt("the other compressors' figures", compressors_bpb, data, ranks.alive) or {}
+        ranks.alive(done=True)
         run.note(compressors_bpb=others)
         run.log("same text: " + " ".join(f"{name}:{bpb:.4f}bpb" for name, bpb in others.items()))
+    else:
+        ranks.wait_for_first()
     run.close()
     run.log(f"report:{run.folder / 'report.html'} total_time:{run.seconds['total']:.1f}s")
 

@@ -2,8 +2,10 @@
 
 import lzma
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import brotli
 import numpy as np
@@ -36,8 +38,10 @@ def open_dataset(settings: Settings, ranks: Ranks) -> Dataset:
     """Find and check everything; the demo's data are made on first use, by the first rank while the others wait."""
     if (settings.data_path, settings.tokenizer_path) == (DEMO_DATA_PATH, DEMO_TOKENIZER_PATH):
         if ranks.first:
-            prepare_demo("data")
-        ranks.wait()
+            prepare_demo("data", ranks.alive)
+            ranks.alive(done=True)
+        else:
+            ranks.wait_for_first()
         if not Path(DEMO_TOKENIZER_PATH).exists():  # on another machine
             prepare_demo("data")
     train_shards = shards_of(settings.data_path, "train")
@@ -111,15 +115,15 @@ def validation_split(data_path: str, tokenizer: Tokenizer) -> tuple[Tensor, Tens
     return tokens, counts
 
 
-def compressors_bpb(dataset: Dataset) -> dict[str, float]:
-    """Bits per byte that general compressors need for the same validation text (its first part, where it is long)."""
+def compressors_bpb(dataset: Dataset, alive: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    """Bits per byte that general compressors need for the same validation text (its first part, where it is long).
+    `alive` is called between them."""
     tokens = dataset.val_tokens[:COMPRESSOR_TOKENS]
     text = dataset.tokenizer.decode(tokens.tolist()).encode()
     if not text:  # control pieces, for which a byte sidecar counts bytes
         return {}
     part = "" if len(tokens) == len(dataset.val_tokens) else f" (first {len(text)} bytes)"
-    sizes = {
-        "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
-        "brotli -11": len(brotli.compress(text, quality=11, lgwin=24)),
-    }
+    sizes = {"xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+    alive()
+    sizes["brotli -11"] = len(brotli.compress(text, quality=11, lgwin=24))
     return {name + part: 8 * size / len(text) for name, size in sizes.items()}

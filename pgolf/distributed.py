@@ -17,7 +17,6 @@ from torch import Tensor
 from pgolf.errors import PgolfError, UserError, one_line
 from pgolf.files import make_folder, replacing
 
-PATIENCE = timedelta(hours=1)  # of `Ranks.wait`, while the first rank prepares data
 # New names since torch 2.13; gloo has both as well as NCCL.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -54,7 +53,6 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    patient: Any = None  # process group of `wait`; None is the usual one
 
     @property
     def first(self) -> bool:
@@ -135,10 +133,8 @@ class Ranks:
             self._begin(dist.broadcast, done, 0).wait()
 
     def wait(self) -> None:
-        """Until every rank is here, however long one of them works alone."""
-        if self.world_size > 1:
-            with _lost_peers_told(self.rank):
-                dist.all_reduce(torch.zeros(()), group=self.patient)
+        """Until every rank is here."""
+        self.sum_(torch.zeros(()))
 
 
 @contextlib.contextmanager
@@ -191,9 +187,8 @@ def launch(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ran
     with _lost_peers_told(rank):
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield Ranks(rank, world_size, where, patient)
+        yield Ranks(rank, world_size, where)
     except LostProcess:
         raise  # destroying the group would wait for the lost one; the process ends anyway
     except BaseException:

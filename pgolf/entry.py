@@ -4,11 +4,10 @@ line with an exit status for whatever stops them.
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 
-from pgolf.errors import PgolfError, UserError, one_line, out_of_memory
+from pgolf.errors import Interrupted, PgolfError, UserError, one_line, out_of_memory
 from pgolf.presets import PRESETS, default_preset
 
 USAGE = """\
@@ -34,7 +33,6 @@ def before_torch() -> None:
 def begin_training(argv: list[str]) -> None:
     """Take the arguments into the environment and refuse settings that cannot be used; ends the process for --help and
     for what is wrong. Without torch, whose import takes seconds."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until a run has something to lose and waits for it itself
     before_torch()
     status = ending("train_gpt.py", lambda: _help() if {"-h", "--help"} & {*argv} else _take(argv))
     if status is not None:
@@ -78,6 +76,8 @@ def ending(program: str, work: Callable[[], int | None], may_be_cut: bool = Fals
     except OSError as error:
         _drop_output()
         return 0 if may_be_cut and isinstance(error, BrokenPipeError) else complain(program, error)
+    except Interrupted as error:  # before or after what would tell of it
+        return error.status
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:

@@ -4,12 +4,21 @@ The command line and `train_gpt.py` print the message alone and exit with status
 so whatever prints one sends it through `one_line`.
 """
 
+import signal
+
 MOST_LETTERS = 300  # of a message
 NO_MEMORY = ("OutOfMemoryError", "not enough memory", "can't allocate memory", "can't start new thread")
 
 
 class PgolfError(Exception):
     """Base of every error that is reported as one line."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came, to this process or to another of the same run."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        self.status = 128 + number
 
 
 class UserError(PgolfError, ValueError):

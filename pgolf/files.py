@@ -143,11 +143,16 @@ class Lines:
         self.file.close()
 
 
+def missing_folders(path: str | os.PathLike[str]) -> list[Path]:
+    """`path` and its parents that are not there, the innermost first."""
+    return [folder for folder in (Path(path), *Path(path).parents) if not os.path.lexists(folder)]
+
+
 @contextlib.contextmanager
 def making_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`make_folder`; if the block raises, folders that it made are removed again, unless something is in them."""
     path = Path(path)
-    new = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    new = missing_folders(path)
     try:
         yield make_folder(path)
     except BaseException:

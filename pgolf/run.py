@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -21,7 +22,7 @@ import torch
 from pgolf import checkpoint, ops
 from pgolf.checkpoint import CHECKPOINT
 from pgolf.distributed import LostProcess, Ranks
-from pgolf.errors import PgolfError, QuantizeError, ScoreError, UserError, out_of_memory
+from pgolf.errors import Interrupted, PgolfError, QuantizeError, ScoreError, UserError, out_of_memory
 from pgolf.files import WriteError, finite, write_json
 from pgolf.machine import cpu_levels, cpu_name
 from pgolf.report import write_report
@@ -48,10 +49,6 @@ MEASURED = (  # noqa: SIM905
     "started_at command train_seconds step_ms tflop_per_s mfu peak_memory_bytes checkpoints checkpoint_seconds "
     "recompilations seconds wallclock_used_seconds within_wallclock within_eval"
 ).split()
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM came."""
 
 
 class Ended(PgolfError):
@@ -125,6 +122,7 @@ class Run(RunLog):
         self.folder = Path(os.fsdecode(name))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        sys.unraisablehook = self._on_unraisable
         if self.own and self.own.notice:
             self.log(self.own.notice)
         for name, value in sorted(self.settings.model_dump().items()):
@@ -162,6 +160,7 @@ class Run(RunLog):
         try:
             self._end(error)
         finally:
+            sys.unraisablehook = sys.__unraisablehook__
             if self.own:
                 self.own.log.close()
                 self.own = None
@@ -171,7 +170,7 @@ class Run(RunLog):
             self.note(interrupted=True)
             self.close()
             self.log(f"interrupted{self._how_to_go_on()}")
-            sys.exit(128 + (self.signal or signal.SIGTERM))
+            sys.exit(error.status)
         alone = isinstance(error, QuantizeError)  # what the first rank does while the others wait
         if isinstance(error, ScoreError | QuantizeError):
             error = Diverged(f"{error}; {self._safe()}")
@@ -252,7 +251,16 @@ class Run(RunLog):
             return
         self.signal = number
         if not self.deferring:
-            raise Interrupted
+            raise Interrupted(number)
+
+    def _on_unraisable(self, dropped: Any) -> None:
+        """Python drops what is raised in the callback of a weak reference: the signal comes once more, a moment later,
+        when that is over."""
+        if not isinstance(dropped.exc_value, Interrupted) or self.signal is None:
+            sys.__unraisablehook__(dropped)
+            return
+        number, self.signal = self.signal, None
+        threading.Timer(0.01, signal.raise_signal, (number,)).start()
 
     @contextmanager
     def deferring_signals(self):
@@ -263,7 +271,7 @@ class Run(RunLog):
         finally:
             self.deferring = False
         if self.signal is not None:
-            raise Interrupted
+            raise Interrupted(self.signal)
 
     @contextmanager
     def timed(self, name: str):

@@ -9,21 +9,23 @@ import contextlib
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pgolf import checkpoint
 from pgolf.errors import UserError
-from pgolf.files import Lines, make_folder, read_json
+from pgolf.files import Lines, make_folder, missing_folders, read_json
 
 ARTIFACT = "model.pgolf"
-LEFTOVERS = ("settings.json", "metrics.jsonl", "summary.json", "report.html")
+LEFTOVERS = ("metrics.jsonl", "summary.json", "report.html", "settings.json")  # the last tells of the others
 
 
 class RunFolder:
-    """`path`, locked, and `log`, its train.log. `notice` is what there is to tell about it."""
+    """`path`, locked, and `log`, its train.log. `notice` is what there is to tell about it; `made` are the folders that
+    were not there before, the innermost first."""
 
-    def __init__(self, path: Path, log: Lines, notice: str = "", made: bool = False):
+    def __init__(self, path: Path, log: Lines, notice: str = "", made: Sequence[Path] = ()):
         self.path, self.log, self.notice, self.made = path, log, notice, made
 
     def forget(self) -> None:
@@ -33,7 +35,8 @@ class RunFolder:
             with contextlib.suppress(OSError):  # something else is there by now
                 for name in ("settings.json", "train.log"):
                     (self.path / name).unlink(missing_ok=True)
-                self.path.rmdir()
+                for folder in self.made:
+                    folder.rmdir()
 
 
 def claim(out_dir: str, run_id: str, default: str, resume: bool) -> RunFolder:
@@ -41,11 +44,12 @@ def claim(out_dir: str, run_id: str, default: str, resume: bool) -> RunFolder:
 
     `UserError` when the name belongs to another run, or to this one while another process works on it.
     """
+    above = missing_folders(out_dir)
     parent = make_folder(out_dir)
     if not run_id:
-        return _first_free(parent, default)
+        return _first_free(parent, default, above)
     path = parent / run_id
-    made = _mkdir(path)
+    made = [path, *above] if _mkdir(path) else []
     log = _locked_log(path)
     if log is None:
         raise UserError(f"RUN_ID={run_id}: a run is at work in {path}; wait for its end, or choose another name")
@@ -83,11 +87,11 @@ def nothing_to_keep(path: Path) -> bool:
     return not summary.get("aborted") and not summary.get("diverged")
 
 
-def _first_free(parent: Path, name: str) -> RunFolder:
+def _first_free(parent: Path, name: str, above: list[Path]) -> RunFolder:
     for number in itertools.count(1):
         path = parent / (name if number == 1 else f"{name}-{number}")
         if _mkdir(path) and (log := _locked_log(path)):
-            return RunFolder(path, log, made=True)
+            return RunFolder(path, log, made=[path, *above])
     raise AssertionError
 
 

@@ -3,6 +3,7 @@
 Between two talks of the ranks nothing waits for the device, and at a talk only for work that lies `LAG` steps back.
 """
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,14 +21,14 @@ from pgolf.data.batch import MicroBatch
 from pgolf.data.prefetch import Loader
 from pgolf.data.tokenizer import ByteTable
 from pgolf.distributed import LostProcess, Ranks
-from pgolf.errors import ScoreError, UserError
+from pgolf.errors import Interrupted, ScoreError, UserError
 from pgolf.evaluate import Score
 from pgolf.losses import TrainingLoss
 from pgolf.machine import allow_compilations, compilations
 from pgolf.model import Model
 from pgolf.optim import make_optimisers
 from pgolf.qat import FakeQuantize
-from pgolf.run import Aborted, Diverged, Interrupted, Run
+from pgolf.run import Aborted, Diverged, Run
 from pgolf.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
 from pgolf.settings import Settings
 from pgolf.train_log import DIVERGED_STEPS, TrainLog
@@ -177,7 +178,7 @@ class Trainer:
                 if signalled:
                     log.write_all()
                     self.save()
-                    raise Interrupted
+                    raise Interrupted(run.signal or signal.SIGTERM)
                 if not steps or self.step >= settings.iterations:
                     break
                 if between and elapsed - saved_at >= between and limit - elapsed > between / 2:

@@ -1,5 +1,7 @@
 """bench/studies/attack.py: what it counts, and that it names the seed of what went wrong."""
 
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -7,9 +9,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("resource")
-sys.path.append(str(Path(__file__).parent.parent / "bench" / "studies"))
-import attack
-from attacks import artifacts, coverage, outcomes
+STUDIES = Path(__file__).parent.parent / "bench" / "studies"
+sys.path.append(str(STUDIES))
+import attack  # noqa: E402
+from attacks import artifacts, coverage, outcomes  # noqa: E402
 
 
 def test_outcomes_of_a_process_that_dies(capfd):
@@ -27,6 +30,41 @@ def test_outcomes_of_a_process_that_hangs(capfd, monkeypatch):
     assert found["hang"] > 0
     assert found.total() == found["hang"]
     assert "seed 3: hang" in capfd.readouterr().err
+
+
+LIVES = """
+import contextlib, random, signal, sys
+from pathlib import Path
+from attacks import full_disk, kills, lives, ranks, sittings
+
+home = Path(sys.argv[1])
+sittings.preload()
+life = lives.Life(home / "kills")
+usual = lives.Usual(home, lambda life: iter([[life.train()]]))
+for phase, number in (("quantization", signal.SIGKILL), ("report", signal.SIGTERM)):
+    assert kills.strike(life, phase, number, random.Random(0), usual), life.problem()
+    assert not life.problem()
+life.end_well(usual, "two signals")
+
+life = lives.Life(home / "ranks", PROCESS_TIMEOUT_SECONDS="1")
+usual.seconds["data"] = 0.0
+assert ranks.lose(life, "data", 1, signal.SIGSTOP, random.Random(0), usual).startswith("data, rank 1, SIGSTOP")
+assert not life.problem()
+
+(home / "kills").mkdir()
+(home / "kills" / "runs").write_text("in the way")
+with contextlib.suppress(lives.Lost):
+    lives.Life(home / "kills").end_well(usual, "a file in the way")
+    raise SystemExit("a run that cannot begin was taken for one that ended well")
+print("through")
+"""
+
+
+def test_a_run_that_is_signalled_and_one_that_loses_a_rank(tmp_path):
+    """A process of its own, for it forks."""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(STUDIES), str(STUDIES.parent.parent)))}
+    done = subprocess.run([sys.executable, "-c", LIVES, tmp_path], env=environ, capture_output=True, text=True)
+    assert done.stdout == "through\n", done.stderr + done.stdout
 
 
 def test_mutants_of_a_model_are_refused_or_valid(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pgolf.entry import complain, ending
-from pgolf.errors import MOST_LETTERS, DataError, PgolfError, UserError, one_line
+from pgolf.errors import MOST_LETTERS, DataError, Interrupted, PgolfError, UserError, one_line
 from pgolf.ops import backends
 from pgolf.quantizers import OPERATIONS, QUANTIZERS
 
@@ -64,8 +64,13 @@ def test_a_wrong_setting_is_refused_before_torch_is_imported(tmp_path, arguments
 INTERRUPT = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
 
 
-@pytest.mark.parametrize("arguments", [SCRIPT, [*COMMAND, "size"]])
-def test_an_interrupt_while_torch_is_imported_ends_without_a_word(tmp_path, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "module"),
+    [(SCRIPT, "torch"), ([*COMMAND, "size"], "torch"), (SCRIPT, "shlex"), ([*COMMAND, "size"], "argparse")],
+)
+def test_an_interrupt_while_something_is_imported_ends_without_a_word(tmp_path, arguments, module):
+    """shlex and argparse are the first of all."""
+    (tmp_path / f"{module}.py").write_text(INTERRUPT, encoding="utf-8")
     result = run(
         arguments, tmp_path, INTERRUPT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     )
@@ -85,9 +90,10 @@ def test_help_of_the_command_imports_nothing_heavy(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
 @pytest.mark.parametrize("arguments", [[*COMMAND, "settings"], [*COMMAND, "--help"], [*SCRIPT, "--help"]])
-def test_output_that_cannot_be_written_is_one_line(tmp_path, arguments):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(tmp_path, arguments, unbuffered):
     with open("/dev/full", "w", encoding="utf-8") as full:
-        result = run(arguments, tmp_path, stdout=full, environ={"PYTHONUNBUFFERED": ""})
+        result = run(arguments, tmp_path, stdout=full, environ={"PYTHONUNBUFFERED": unbuffered})
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "No space left on device" in result.stderr
@@ -127,6 +133,8 @@ def test_every_end_has_its_status(monkeypatch):
     assert raising(UserError("x")) == raising(OSError(28, "full")) == raising(FileNotFoundError(2, "no", "name")) == 2
     assert raising(BrokenPipeError(32, "cut")) == 2  # of a training whose log nobody reads any more
     assert raising(KeyboardInterrupt()) == 130
+    assert raising(Interrupted(signal.SIGINT)) == 130
+    assert raising(Interrupted()) == 143
     assert raising(MemoryError()) == raising(torch.OutOfMemoryError("CUDA")) == 2
     for error in (ZeroDivisionError(), RuntimeError("a bug")):
         with pytest.raises(type(error)):

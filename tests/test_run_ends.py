@@ -5,6 +5,9 @@ import json
 import math
 import re
 import signal
+import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,35 @@ def test_a_diverged_run_is_status_five_with_valid_files(run, monkeypatch):
         json.loads(line, parse_constant=lambda word: pytest.fail(word))
     assert (folder / "report.html").exists()
     assert not (folder / "model.pgolf").exists()
+
+
+def test_a_signal_while_a_run_begins_is_no_traceback(run, monkeypatch):
+    """From when it is caught until the run can tell of it."""
+    monkeypatch.setattr(Run, "log", lambda self, line, console=True: signal.raise_signal(signal.SIGTERM))
+    status, err, _, _ = run()
+    assert (status, err) == (143, [])
+
+
+def test_a_signal_that_python_drops_comes_again(tmp_path):
+    """As of whatever is raised in the callback of a weak reference."""
+    run = Run(load_settings({"PRESET": "demo", "OUT_DIR": str(tmp_path)}), Ranks(0, 1, torch.device("cpu")))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, things = sys.unraisablehook, [set()]
+    reference = weakref.ref(things[0], lambda _: signal.raise_signal(signal.SIGTERM))
+
+    def signalled():
+        with run:
+            things.clear()
+            time.sleep(60)
+
+    try:
+        with pytest.raises(SystemExit) as end:
+            signalled()
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (reference(), end.value.code) == (None, 143)
 
 
 def test_a_console_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Who owns a run's folder: names that are taken, two processes at once, runs that were killed early."""
 
+import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,27 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     assert (path / "train.log").read_text() == "step:1\nstep:2\n"
 
 
+@pytest.mark.parametrize("killed_before", range(5))
+def test_a_run_killed_while_it_clears_another_leaves_nothing_of_that(tmp_path, monkeypatch, killed_before):
+    path = tmp_path / "one"
+    path.mkdir()
+    for name, content in LEFT.items():
+        (path / name).write_text(content)
+    unlink, calls = Path.unlink, itertools.count()
+
+    def killed(self, missing_ok=False):
+        if next(calls) == killed_before:
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        claim(str(tmp_path), "one", "", resume=False)
+    monkeypatch.undo()
+    claim(str(tmp_path), "one", "", resume=False)
+    assert [entry.name for entry in path.iterdir()] == ["train.log"]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -86,9 +109,10 @@ def test_a_run_that_left_something_keeps_its_name(name, content, tmp_path):
 
 
 def test_forgetting_takes_only_what_was_made(tmp_path):
-    folder = claim(str(tmp_path), "one", "", resume=False)
-    folder.forget()
-    assert not folder.path.exists()
+    for name in ("one", ""):
+        folder = claim(str(tmp_path / "new" / "runs"), name, "made", resume=False)
+        folder.forget()
+        assert not (tmp_path / "new").exists()
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     claim(str(tmp_path), "theirs", "", resume=False).forget()

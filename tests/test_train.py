@@ -15,10 +15,10 @@ from pgolf.artifact import read_artifact, write_artifact
 from pgolf.clock import Clock, Stopwatch
 from pgolf.data.batch import MicroBatch
 from pgolf.distributed import Ranks
-from pgolf.errors import ArtifactError, UserError
+from pgolf.errors import ArtifactError, Interrupted, UserError
 from pgolf.evaluate import Score
 from pgolf.quantize import collect_hessians, model_from_artifact, quantize
-from pgolf.run import Aborted, Diverged, Interrupted
+from pgolf.run import Aborted, Diverged
 from pgolf.utilisation import flops_per_token
 
 CPU = torch.device("cpu")

@@ -4,7 +4,8 @@
     python bench/studies/attack.py --seconds 3600 --seed 7 --only artifacts
 
 Each attack is a function (seconds, seed) -> Counter of outcomes, in `ATTACKS`, or None where it is left out for want of
-a tool; seconds include its start. Needs Linux and g++, `native_readers` clang with libFuzzer.
+a tool; seconds include its start. Needs Linux and g++, `native_readers` clang with libFuzzer, `full_disk` root or user
+namespaces. Those of whole runs also tell on standard error in which phase of a run their attempts fell.
 
     refused             one line said what is wrong
     valid               as good as any other input, and used
@@ -26,8 +27,11 @@ from collections.abc import Callable
 from attacks.artifacts import artifacts
 from attacks.bad_input import bad_input
 from attacks.coverage import native_readers
+from attacks.full_disk import full_disk
+from attacks.kills import kills
 from attacks.native import coder_blobs, ngram_snapshots
 from attacks.outcomes import FAILURES, OUTCOMES
+from attacks.ranks import ranks
 
 ATTACKS: list[Callable[[float, int], Counter[str] | None]] = [
     artifacts,
@@ -35,6 +39,9 @@ ATTACKS: list[Callable[[float, int], Counter[str] | None]] = [
     ngram_snapshots,
     native_readers,
     bad_input,
+    kills,
+    ranks,
+    full_disk,
 ]
 
 

@@ -5,7 +5,8 @@ above it: `pgolf --help` must answer at once, and `pgolf doctor` must run where 
 """
 
 import argparse
-from typing import NoReturn
+import sys
+from typing import IO, NoReturn
 
 import pgolf
 from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, presets, settings, size, train
@@ -20,6 +21,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        """Of argparse, which would not tell that the help could not be written."""
+        print(message, end="", file=file or sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

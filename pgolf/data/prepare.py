@@ -13,10 +13,11 @@ import platform
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import sentencepiece
@@ -36,6 +37,7 @@ _DEMO_SHARDS = ("demo_train_000000.bin", "demo_val_000000.bin")
 _DEMO_FILE_BYTES = 100_000_000  # at most; a few million are right
 _CHARACTERS_AT_ONCE = 10_000_000  # encoded before they are joined: a Python list of ids takes some space
 _MAKING = ".pgolf-making"
+LOCK_SECONDS = 0.1  # between two looks at a lock that another process has
 _RECIPE = 1  # raised when the same text would make other files than before
 
 
@@ -47,12 +49,12 @@ class DataPaths:
     tokenizer_path: Path  # SentencePiece model
 
 
-def prepare_demo(root: str | os.PathLike[str] = "data") -> DataPaths:
+def prepare_demo(root: str | os.PathLike[str] = "data", alive: Callable[[], Any] = lambda: None) -> DataPaths:
     """The demo's shards and tokenizer under `root`: made on first use (some seconds), afterwards checked and reused.
 
     They are made again when Python, SentencePiece or a file has changed. Several processes may call this at once: one
     makes the files, the others wait. A process that is killed leaves nothing that the next one would take for
-    finished, because `prepared.json`, with the hash of every file, is written last.
+    finished, because `prepared.json`, with the hash of every file, is written last. `alive` is called now and then.
     """
     root = Path(root)
     folder = root / "datasets" / f"demo_sp{DEMO_VOCAB_SIZE}"
@@ -60,9 +62,9 @@ def prepare_demo(root: str | os.PathLike[str] = "data") -> DataPaths:
     if not _demo_is_ready(paths):
         make_folder(paths.tokenizer_path.parent)
         make_folder(folder)
-        with locked(folder / ".lock"):
+        with locked(folder / ".lock", alive):
             if not _demo_is_ready(paths):
-                _make_demo(paths)
+                _make_demo(paths, alive)
     return paths
 
 
@@ -195,14 +197,16 @@ def _demo_is_ready(paths: DataPaths) -> bool:
         return False
 
 
-def _make_demo(paths: DataPaths) -> None:
+def _make_demo(paths: DataPaths, alive: Callable[[], Any]) -> None:
     for folder in (paths.data_path, paths.tokenizer_path.parent):  # what killed processes left
-        for left in folder.glob(".demo_*.tmp"):
+        for left in (*folder.glob(".demo_*.tmp"), *folder.glob(".prepared.json.*.tmp")):
             left.unlink(missing_ok=True)
     print("demo data: collecting the standard library's documentation", file=sys.stderr, flush=True)
     (paths.data_path / "prepared.json").unlink(missing_ok=True)
     train, val = split_documents(demo_documents(), DEMO_VAL_BYTES)
+    alive()
     tokenizer = train_tokenizer(train, DEMO_VOCAB_SIZE, paths.tokenizer_path)
+    alive()
     facts = _write_splits(paths.data_path, "demo", tokenizer, train, val)
     hashes = _hashes(paths.data_path, paths.tokenizer_path, [paths.tokenizer_path.name, *_DEMO_SHARDS])
     write_json(paths.data_path / "prepared.json", _demo_identity() | facts | {"sha256": hashes})
@@ -270,20 +274,31 @@ def _bytes(text: str) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; the system drops it when the process ends, however it ends.
+def locked(path: Path, waiting: Callable[[], Any] = lambda: None) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; the system drops it when the process ends, however it ends. While
+    another process has it, `waiting` is called now and then.
 
     Where the system or the file system has no such locks the block runs without: files are still replaced whole, so
     that only work is lost.
     """
     with open(path, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+        while not _lock(file):
+            waiting()
+            time.sleep(LOCK_SECONDS)
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """False while another process has the lock."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _is_left(lock: Path) -> bool:

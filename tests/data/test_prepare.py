@@ -136,6 +136,24 @@ def test_two_processes_at_once_and_one_killed_midway(tmp_path, quick_demo):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs locks")
+def test_who_waits_for_another_process_and_who_works_gives_signs_of_life(tmp_path, quick_demo, monkeypatch):
+    signs = []
+    prepare_demo(tmp_path, lambda: signs.append("works"))
+    assert len(signs) >= 2
+    held = prepare.locked(tmp_path / "lock")
+    held.__enter__()
+
+    def waiting():
+        signs.append("waits")
+        if signs.count("waits") == 2:
+            held.__exit__(None, None, None)
+
+    monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.01)
+    with prepare.locked(tmp_path / "lock", waiting):
+        assert signs.count("waits") == 2
+
+
 @settings(deadline=None)
 @given(
     documents=st.lists(st.text(min_size=1, max_size=20), min_size=2, max_size=30, unique=True), room=st.integers(0, 300)
@@ -282,6 +300,7 @@ def test_what_killed_processes_left_of_the_demo_is_cleared(tmp_path, quick_demo)
     for folder in ("datasets/demo_sp330", "tokenizers"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / ".demo_train_000000.bin.abc.tmp").touch()
+    (tmp_path / "datasets/demo_sp330/.prepared.json.abc.tmp").touch()
     prepare_demo(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
 

@@ -27,7 +27,25 @@ def watch(
     seed: int,
     environment: dict[str, str] | None = None,
 ) -> Counter[str]:
-    """Outcomes of a process that prints a seed before each attempt, and its outcome and a word on it after."""
+    """Outcomes of a process that prints a seed before each attempt, and its outcome and a word on it after. How often
+    each word was said of what went well goes to standard error at the end."""
+    said: Counter[str] = Counter()
+    try:
+        return _watch(attack, command, seconds, seed, environment, said)
+    finally:
+        if said:
+            words = ", ".join(f"{word} {count}" for word, count in sorted(said.items()))
+            print(f"{attack}, by place: {words}", file=sys.stderr)
+
+
+def _watch(
+    attack: str,
+    command: Callable[[int], list[str]],
+    seconds: float,
+    seed: int,
+    environment: dict[str, str] | None,
+    said: Counter[str],
+) -> Counter[str]:
     found: Counter[str] = Counter()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -41,6 +59,8 @@ def watch(
                     began, outcome = int(number), outcome.replace("_", " ")
                     if outcome:
                         note(attack, began, outcome, what, found)
+                        if what and outcome not in FAILURES:
+                            said[what] += 1
                 if time.monotonic() >= end:
                     child.kill()
                     return found
