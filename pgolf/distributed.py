@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pgolf.entry import complain
 from pgolf.errors import PgolfError, UserError, one_line
 from pgolf.files import make_folder, replacing
 
@@ -164,6 +166,24 @@ def _place() -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
+def _joining(rank: int, seconds: float) -> Iterator[None]:
+    """End the process where torch waits without end: for a first rank that takes the connection and never answers,
+    because it was stopped. Where torch does end its waiting, it is given time to say so first."""
+
+    def end() -> None:
+        complain("train_gpt.py", LostProcess(rank, f"no answer in {2 * seconds:g} s", " while joining it"))
+        os._exit(2)
+
+    timer = threading.Timer(2 * seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def launch(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ranks]:
     """Join the other processes of this run, which `torchrun` names through the environment; leave them at the end.
 
@@ -184,7 +204,7 @@ def launch(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ran
     if world_size == 1:
         yield Ranks(rank, world_size, where)
         return
-    with _lost_peers_told(rank):
+    with _lost_peers_told(rank), _joining(rank, timeout_seconds):
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     try:

@@ -1,5 +1,11 @@
 """How ranks wait for one that works alone. tests/test_sharding.py stops one for real."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +13,7 @@ import torch.distributed as dist
 from pgolf.distributed import LostProcess, Ranks, launch
 from pgolf.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -43,6 +50,22 @@ def test_a_first_rank_without_a_sign_of_life_is_lost(monkeypatch):
     monkeypatch.setattr(dist, "broadcast", lambda tensor, root, async_op: next(answers))
     with pytest.raises(LostProcess, match=r"^rank 1 lost a fellow process: Timed out waiting"):
         Ranks(1, 2, CPU).wait_for_first()
+
+
+def test_a_first_rank_that_takes_the_connection_and_never_answers_is_lost():
+    """As one that was stopped while the others join it."""
+    with socket.socket() as stopped:
+        stopped.bind(("127.0.0.1", 0))
+        stopped.listen()
+        world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", "from pgolf.distributed import launch\nwith launch('cpu', 0.2): pass"],
+            env={**os.environ, **world, "MASTER_PORT": str(stopped.getsockname()[1]), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "train_gpt.py: rank 1 lost a fellow process while joining it: no answer in 0.4 s\n"
 
 
 def test_one_rank_alone_sends_nothing(monkeypatch):
