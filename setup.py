@@ -1,7 +1,7 @@
 """Builds csrc/ into `pgolf._native` with CMake and ninja; pyproject.toml holds the metadata.
 
 A wheel carries train_gpt.py, csrc/ and the build files too, in pgolf/_sources/: `pgolf train` runs the one, and all of
-them count as code (pgolf/packed_code.py).
+them count as code (pgolf/artifact/packed_code.py).
 
 PGOLF_CUDA        auto (default): build the CUDA half where nvcc is found; if that fails, say why in one line and build
                   without it. on: the CUDA half must build. off: never.
@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = runpy.run_path(str(ROOT / "pgolf" / "sources.py"))
+SOURCES = runpy.run_path(str(ROOT / "pgolf" / "runtime" / "sources.py"))
 ARCH = re.compile(r"\d+[af]?(-real|-virtual)?")
 COMPILER_ERROR = re.compile(r"^(?!CMake).*\b(fatal|error)\b\s*:")
 NO_NVCC = "nvcc was not found (CUDACXX where set, else PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)"

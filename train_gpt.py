@@ -15,8 +15,8 @@ from itertools import islice
 if __name__ == "__main__":  # until a run has something to lose and waits for it itself, Ctrl-C ends without a word
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from pgolf.checkout import require_installation
-from pgolf.entry import begin_training, ending
+from pgolf.run.entry import begin_training, ending
+from pgolf.runtime.checkout import require_installation
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: help, and settings that cannot be used
     require_installation("train_gpt.py")
@@ -25,22 +25,22 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: help, an
 import torch
 
 from pgolf.artifact import read_artifact, write_artifact
-from pgolf.attention import choose_attention
-from pgolf.dataset import compressors_bpb, open_dataset, training_loader
-from pgolf.distributed import Ranks, launch
-from pgolf.evaluate import Score, evaluate
-from pgolf.evaluate_ngram import evaluate_ngram
-from pgolf.machine import compute_dtype, keep_freed_memory
+from pgolf.artifact.packed_code import code_bytes, raw_code_bytes
+from pgolf.data.dataset import compressors_bpb, open_dataset, training_loader
+from pgolf.evaluation.ngram import evaluate_ngram
+from pgolf.evaluation.scoring import Score, evaluate
 from pgolf.model import Model, ModelConfig, choose_fused_glue
+from pgolf.model.attention import choose_attention
 from pgolf.ops.backends import check_environment
-from pgolf.packed_code import code_bytes, raw_code_bytes
-from pgolf.quantize import collect_hessians, model_from_artifact, quantize_within_budget
-from pgolf.quantizers import OPERATIONS
-from pgolf.rate_budget import PROBE_ROWS, measure_rises
-from pgolf.run import Run, settings_of_run
+from pgolf.quantization.byte_budget import PROBE_ROWS, measure_rises
+from pgolf.quantization.quantize import collect_hessians, model_from_artifact, quantize_within_budget
+from pgolf.quantization.quantizers import OPERATIONS
+from pgolf.quantization.size import project, projection_error, will_be_fitted
+from pgolf.run.record import Run, settings_of_run
+from pgolf.runtime.machine import compute_dtype, keep_freed_memory
+from pgolf.runtime.ranks import Ranks, launch
 from pgolf.settings import Settings
-from pgolf.size import project, projection_error, will_be_fitted
-from pgolf.train import Trainer
+from pgolf.training.trainer import Trainer
 
 
 def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Work
+
+from bench.harness.measure import Work
 
 pytest.importorskip("pydantic", reason="settings need pydantic")
 pytest.importorskip("brotli", reason="the manifest needs brotli")

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from harness import QUICK, Work
 
-from pgolf import coder
+from bench.harness.measure import QUICK, Work
+from pgolf.artifact import coder
 
 brotli = pytest.importorskip("brotli", reason="a peer")
 zstandard = pytest.importorskip("zstandard", reason="a peer")

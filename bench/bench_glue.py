@@ -6,12 +6,12 @@ decides FUSED_GLUE is the compiled model's step (bench_training_step.py), not th
 
 import math
 
-import compiled_traffic as plain
 import pytest
 import torch
-from harness import Work
-from shapes import SHAPES, name
 
+from bench.harness.measure import Work
+from bench.harness.shapes import SHAPES, name
+from bench.step_model import compiled_traffic as plain
 from pgolf import ops
 from pgolf.model.skips import skip_weights
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from harness import Work
-from peers import contenders
-from shapes import RECORD_GPTQ, SHAPES, text
 
+from bench.harness.measure import Work
+from bench.harness.shapes import RECORD_GPTQ, SHAPES, text
+from bench.peers import contenders
 from pgolf import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,11 +6,11 @@ parameter-golf's kernel has slope 0.5, modded-nanogpt's is relu²: each is measu
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Call, Work
-from peers import contenders
-from shapes import SHAPES, name, text
 from torch import Tensor
 
+from bench.harness.measure import Call, Work
+from bench.harness.shapes import SHAPES, name, text
+from bench.peers import contenders
 from pgolf import ops
 
 CUDA = torch.cuda.is_available()

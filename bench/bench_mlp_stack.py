@@ -7,10 +7,10 @@ The CPU runs a few blocks eagerly.
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Call, Work
-from peers import contenders
-from shapes import SHAPES, name, text
 
+from bench.harness.measure import Call, Work
+from bench.harness.shapes import SHAPES, name, text
+from bench.peers import contenders
 from pgolf import ops
 
 CUDA = torch.cuda.is_available()

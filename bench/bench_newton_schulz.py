@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import Call, Work
-from peers import peer
-from shapes import SHAPES, name, text
 from torch import Tensor
 
+from bench.harness.measure import Call, Work
+from bench.harness.shapes import SHAPES, name, text
+from bench.peers import peer
 from pgolf import ops
 from pgolf.ops.newton_schulz import newton_schulz_reference, step_coefficients
 

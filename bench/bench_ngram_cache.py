@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import QUICK, Work
-from peers import contenders
+
+from bench.harness.measure import QUICK, Work
+from bench.peers import contenders
 
 pytest.importorskip("sentencepiece", reason="text needs a tokenizer")
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from harness import Work
-from shapes import SHAPES
 from torch import Tensor
 
+from bench.harness.measure import Work
+from bench.harness.shapes import SHAPES
 from pgolf import ops
 from pgolf.ops import backends
 

@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from bench_training_step import work
-from peers import contenders
-from shapes import name
-from training_step import CUDA, DEVICE, make_loader, make_trainer, settings_of, take_step
+
+from bench.bench_training_step import work
+from bench.harness.shapes import name
+from bench.harness.training_step import CUDA, DEVICE, make_loader, make_trainer, settings_of, take_step
+from bench.peers import contenders
 
 PRESET = "pr1855"
 VARIANTS = {

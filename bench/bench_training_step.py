@@ -7,19 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Work
-from shapes import name
+
+from bench.harness.measure import Work
+from bench.harness.shapes import name
 
 pytest.importorskip("pydantic", reason="settings need pydantic")
 pytest.importorskip("jinja2", reason="the record of a run needs jinja2")
 
-from training_step import CUDA, RANKS, make_model, make_trainer, settings_of, take_step
-
-from pgolf.evaluate import evaluate
+from bench.harness.training_step import CUDA, RANKS, make_model, make_trainer, settings_of, take_step
+from pgolf.evaluation.scoring import evaluate
 from pgolf.model import Model
 from pgolf.ops import used
 from pgolf.settings import Settings
-from pgolf.utilisation import flops_per_token
+from pgolf.training.utilisation import flops_per_token
 
 
 def work(model: Model, settings: Settings, tokens: int, passes: int) -> Work:

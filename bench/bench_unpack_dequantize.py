@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from harness import Work
-from shapes import SHAPES, name, text
 
+from bench.harness.measure import Work
+from bench.harness.shapes import SHAPES, name, text
 from pgolf import ops
 
 SHAPE = SHAPES.dequantize

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import device
 import pytest
-import results
 import torch
-from harness import CLOCK, QUICK, Call, Work, able, check_agreement, run_rounds, seconds_per_call
+
+from bench.harness import device, results
+from bench.harness.measure import CLOCK, QUICK, Call, Work, able, check_agreement, run_rounds, seconds_per_call
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()

@@ -139,7 +139,7 @@ train() {
     "$python" -m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py
 }
 train run "$preset" 180
-part static_report static.log 60 "$python" bench/static_report.py --json "$work/static.json"
+part static_report static.log 60 "$python" -m bench.kernels.static_report --json "$work/static.json"
 
 if [ -n "${PGOLF_RECORD_STEP:-}" ]; then
   part record_step record_step.log 900 "$python" -m pytest bench/bench_record_step.py -q \
@@ -148,7 +148,7 @@ if [ -n "${PGOLF_RECORD_STEP:-}" ]; then
   if [ -n "$quick" ]; then profiled=(--preset demo --steps 1) trained=(); fi
   for glue in off on; do
     for phase in "" --first-phase; do
-      part "profile_glue_$glue$phase" record_step.log 240 "$python" bench/step_profile.py "${profiled[@]}" \
+      part "profile_glue_$glue$phase" record_step.log 240 "$python" -m bench.step_model.profile "${profiled[@]}" \
         ${phase:+"$phase"} --json "$out/profile_glue_$glue$phase.json" FUSED_GLUE=$glue
     done
   done
@@ -159,7 +159,7 @@ if [ -n "${PGOLF_RECORD_STEP:-}" ]; then
 fi
 
 if [ -f "$work/benchmarks.json" ]; then cp "$work/benchmarks.json" "$out/benchmarks.json"; fi
-if ! "$python" bench/results.py collect "$work/benchmarks.json" --folder "$out" --parts "$parts" \
+if ! "$python" -m bench.harness.results collect "$work/benchmarks.json" --folder "$out" --parts "$parts" \
   --run "$work/runs/run/summary.json" --static "$work/static.json"; then
   failed=1
 fi

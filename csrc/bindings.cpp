@@ -5,15 +5,15 @@
 #include <algorithm>
 
 #include "build_config.h"
-#include "build_info.h"
-#include "coder.h"
-#include "cpu_features.h"
-#include "gptq.h"
-#include "gptq_refine.h"
-#include "int_layout.h"
-#include "ngram_bindings.h"
-#include "pack_bits.h"
-#include "trellis.h"
+#include "base/build_info.h"
+#include "coder/coder.h"
+#include "base/cpu_features.h"
+#include "gptq/gptq.h"
+#include "gptq/gptq_refine.h"
+#include "coder/int_layout.h"
+#include "ngram/ngram_bindings.h"
+#include "pack/pack_bits.h"
+#include "trellis/trellis.h"
 
 namespace py = pybind11;
 
@@ -369,10 +369,10 @@ PYBIND11_MODULE(_native, module) {
              "Coordinate descent on `values` and `scale` (float32), both in place.");
   module.def("trellis_search", &trellis_search, "target"_a, "factor"_a, "rate"_a, "weight"_a, "indices"_a, "rows"_a,
              "columns"_a, "states"_a, "limit"_a, "threads"_a = 1, Unlocked(),
-             "Indices int8 [rows][columns] of the float32 target of that shape; see csrc/trellis.h.");
+             "Indices int8 [rows][columns] of the float32 target of that shape; see csrc/trellis/trellis.h.");
   module.def("trellis_dequantize", &trellis_dequantize, "indices"_a, "scale"_a, "classes"_a, "out"_a,
              "matrices"_a, "rows"_a, "columns"_a, "states"_a, "threads"_a = 1, Unlocked(),
-             "The float32 weights [matrices][rows][columns] that indices of trellis_search mean; see csrc/trellis.h.");
+             "The float32 weights [matrices][rows][columns] that indices of trellis_search mean; see csrc/trellis/trellis.h.");
 #if PGOLF_CUDA
   module.def("pack_bits_cuda", &pack_bits_cuda, "src"_a, "dst"_a, "count"_a, "bits"_a, "stream"_a, Unlocked(),
              "pack_bits on device addresses of the current CUDA device, queued on `stream`.");

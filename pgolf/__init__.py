@@ -7,12 +7,12 @@ in bytes and scores a run.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pgolf.checkout import complete
 from pgolf.errors import ArtifactError, DataError, PgolfError, UserError
+from pgolf.runtime.checkout import complete
 
 if TYPE_CHECKING:
     from pgolf import ops
-    from pgolf.ngram_cache import NgramCache
+    from pgolf.evaluation.ngram_cache import NgramCache
 
 complete()
 
@@ -25,5 +25,5 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("pgolf.ops")
     if name == "NgramCache":
-        return importlib.import_module("pgolf.ngram_cache").NgramCache
+        return importlib.import_module("pgolf.evaluation.ngram_cache").NgramCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -222,7 +222,7 @@ class Settings(BaseModel):
     )
     fused_glue: Switch = says("auto", "fused operations between matrix products: pgolf/model/glue.py")
     compile: Switch = says("auto", "torch.compile; auto: on where there is a GPU")
-    cuda_graphs: Switch = says("auto", "replay forward and backward: pgolf/cuda_graphs.py")
+    cuda_graphs: Switch = says("auto", "replay forward and backward: pgolf/training/cuda_graphs.py")
     checkpoint_minutes: float = real(1.0, 0, 10_000, "of training between two checkpoints; 0: only one at the end")
     process_timeout_seconds: float = above(
         300.0, 0, MOST_SECONDS, "seconds to wait for another process, longer than it compiles"

@@ -6,7 +6,7 @@
 #include <fstream>
 #include <iterator>
 
-#include "coder.h"
+#include "coder/coder.h"
 
 namespace {
 

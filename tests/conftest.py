@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported; pgolf/entry.py tells why
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported; pgolf/run/entry.py tells why
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # `pytest -n`: the workers share the cores
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
@@ -20,7 +20,7 @@ setting = os.environ.get("ATEN_CPU_CAPABILITY", "native")
 cache = Path(tempfile.gettempdir()) / f"pgolf-tests-inductor-{getpass.getuser()}-{setting}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
+sys.path.append(str(Path(__file__).parent.parent))
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from".split()  # noqa: SIM905
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf import NgramCache, coder
+from pgolf import NgramCache
+from pgolf.artifact import coder
 
 MIXINGS = ("adaptive", "dirichlet", "pyp", "tilt")
 COUNTS_AT = {"adaptive": 80 + 8 + 16 * 12 * 8 * 16, "tilt": 80}  # of a snapshot: behind settings and weights

@@ -7,8 +7,8 @@ import zlib
 import brotli
 import numpy as np
 
-from pgolf import coder
-from pgolf.artifact import DEFAULT_LIMIT_BYTES
+from pgolf.artifact import coder
+from pgolf.artifact.file import DEFAULT_LIMIT_BYTES
 
 
 def sign(manifest, pieces, version=3, size=None):

@@ -7,13 +7,13 @@
 #include <string>
 #include <vector>
 
-#include "byte_stream.h"
-#include "coder.h"
-#include "cpu_features.h"
-#include "exp_log.h"
-#include "ngram_cache.h"
-#include "pack_bits.h"
-#include "trellis.h"
+#include "base/byte_stream.h"
+#include "coder/coder.h"
+#include "base/cpu_features.h"
+#include "base/exp_log.h"
+#include "ngram/ngram_cache.h"
+#include "pack/pack_bits.h"
+#include "trellis/trellis.h"
 
 namespace {
 

@@ -10,10 +10,10 @@ from pgolf.data.documents import DocumentLoader
 from pgolf.data.loader import TokenLoader
 from pgolf.data.prefetch import Prefetcher
 from pgolf.data.shards import write_shard
-from pgolf.distributed import Ranks
 from pgolf.model import Model, ModelConfig
+from pgolf.runtime.ranks import Ranks
 from pgolf.settings import load_settings
-from pgolf.train import Trainer
+from pgolf.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 TINY = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from peers import take
+from bench.peers import take
 
 REPOSITORY = "KellerJordan/modded-nanogpt"
 KERNELS = "triton_kernels.py"

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peers import take
-from peers.parameter_golf import RECORD, REPOSITORY
+from bench.peers import take
+from bench.peers.parameter_golf import RECORD, REPOSITORY
 from pgolf.settings import Settings
 
 __all__ = ["REPOSITORY", "baseline", "load", "pr1493", "pr1855"]

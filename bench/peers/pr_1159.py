@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from peers import load_module
+from bench.peers import load_module
 
 REPOSITORY = "openai/parameter-golf"
 CACHE = "records/track_non_record_16mb/2026-03-27_DirichletPPM_LegalTTT_8xH100/frontier_cache.py"

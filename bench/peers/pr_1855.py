@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peers import take
-from peers.parameter_golf import RECORD, REPOSITORY
-from peers.parameter_golf import _given as kernels_given
-from peers.parameter_golf_models import CLASSES, GATES, SHAPE, STACK, _values
-from peers.parameter_golf_models import _given as model_given
-from pgolf.attention import attention
+from bench.peers import take
+from bench.peers.parameter_golf import RECORD, REPOSITORY
+from bench.peers.parameter_golf import _given as kernels_given
+from bench.peers.parameter_golf_models import CLASSES, GATES, SHAPE, STACK, _values
+from bench.peers.parameter_golf_models import _given as model_given
+from pgolf.model.attention import attention
 from pgolf.settings import Settings
 
 __all__ = ["REPOSITORY", "training_step"]

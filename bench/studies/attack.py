@@ -1,7 +1,7 @@
 """Hostile input for as long as wanted: what the tests do for a second, with new seeds each time.
 
-    python bench/studies/attack.py                  # a minute in all
-    python bench/studies/attack.py --seconds 3600 --seed 7 --only artifacts
+    python -m bench.studies.attack                  # a minute in all
+    python -m bench.studies.attack --seconds 3600 --seed 7 --only artifacts
 
 Each attack is a function (seconds, seed) -> Counter of outcomes, in `ATTACKS`, or None where it is left out for want of
 a tool; seconds include its start. Needs Linux and g++, `native_readers` clang with libFuzzer, `full_disk` root or user
@@ -24,14 +24,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 
-from attacks.artifacts import artifacts
-from attacks.bad_input import bad_input
-from attacks.coverage import native_readers
-from attacks.full_disk import full_disk
-from attacks.kills import kills
-from attacks.native import coder_blobs, ngram_snapshots
-from attacks.outcomes import FAILURES, OUTCOMES
-from attacks.ranks import ranks
+from bench.studies.attacks.artifacts import artifacts
+from bench.studies.attacks.bad_input import bad_input
+from bench.studies.attacks.coverage import native_readers
+from bench.studies.attacks.full_disk import full_disk
+from bench.studies.attacks.kills import kills
+from bench.studies.attacks.native import coder_blobs, ngram_snapshots
+from bench.studies.attacks.outcomes import FAILURES, OUTCOMES
+from bench.studies.attacks.ranks import ranks
 
 ATTACKS: list[Callable[[float, int], Counter[str] | None]] = [
     artifacts,

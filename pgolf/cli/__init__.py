@@ -10,8 +10,8 @@ from typing import IO, NoReturn
 
 import pgolf
 from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, presets, settings, size, train
-from pgolf.entry import before_torch, ending
 from pgolf.errors import one_line
+from pgolf.run.entry import before_torch, ending
 
 COMMANDS = (doctor, train, settings, presets, data, artifact, eval, size, import_checkpoint)
 

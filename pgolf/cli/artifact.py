@@ -109,8 +109,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     import torch
 
     from pgolf.artifact import VERSION, read_artifact
-    from pgolf.quantize import model_from_artifact
-    from pgolf.scoring import scoring_of
+    from pgolf.evaluation.stored_scoring import scoring_of
+    from pgolf.quantization.quantize import model_from_artifact
 
     path = _path(arguments.file)
     artifact = read_artifact(path)
@@ -146,7 +146,7 @@ def _is_sha256(value: Any) -> bool:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from pgolf.artifact import read_artifact
-    from pgolf.compressors import compare, has_lrzip
+    from pgolf.artifact.compressors import compare, has_lrzip
 
     path = _path(arguments.file)
     artifact = read_artifact(path)

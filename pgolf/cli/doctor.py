@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 1 when something is stopped, else 0."""
-    from pgolf.doctor import as_text, collect
+    from pgolf.runtime.doctor import as_text, collect
 
     report = collect()
     print(json.dumps(report, indent=2) if arguments.json else as_text(report))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.errors import DataError, UserError, one_line
-from pgolf.scoring import LONGEST_CONTEXT, scoring_of
+from pgolf.evaluation.stored_scoring import LONGEST_CONTEXT, scoring_of
 
-MIXINGS = ("adaptive", "dirichlet", "pyp", "tilt")  # of pgolf.ngram_cache, which needs torch
+MIXINGS = ("adaptive", "dirichlet", "pyp", "tilt")  # of pgolf.evaluation.ngram_cache, which needs torch
 
 
 def add_parser(commands: Any) -> None:
@@ -26,15 +26,15 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from pgolf.artifact import read_artifact
-    from pgolf.attention import choose_attention
+    from pgolf.data.dataset import check_origin, validation_split
     from pgolf.data.tokenizer import Tokenizer
-    from pgolf.dataset import check_origin, validation_split
-    from pgolf.distributed import launch
-    from pgolf.evaluate import evaluate
-    from pgolf.evaluate_ngram import evaluate_ngram
-    from pgolf.machine import compute_dtype
-    from pgolf.quantize import model_from_artifact
-    from pgolf.saved_settings import read_settings
+    from pgolf.evaluation.ngram import evaluate_ngram
+    from pgolf.evaluation.scoring import evaluate
+    from pgolf.model.attention import choose_attention
+    from pgolf.quantization.quantize import model_from_artifact
+    from pgolf.run.saved_settings import read_settings
+    from pgolf.runtime.machine import compute_dtype
+    from pgolf.runtime.ranks import launch
     from pgolf.settings import load_settings
 
     target = Path(arguments.target)

@@ -21,8 +21,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from pgolf.artifact.import_checkpoint import import_checkpoint
     from pgolf.data.tokenizer import Tokenizer
-    from pgolf.import_checkpoint import import_checkpoint
     from pgolf.model import ModelConfig
     from pgolf.settings import load_settings
 

@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _exact(path: Path, as_json: bool) -> int:
-    from pgolf.saved_settings import read_settings
+    from pgolf.quantization.size import size_of_artifact
+    from pgolf.run.saved_settings import read_settings
     from pgolf.settings import load_settings
-    from pgolf.size import size_of_artifact
 
     if not path.is_file():
         raise UserError(f"{path}: no run and no artifact there; name a run's folder or a .pgolf file")
@@ -52,9 +52,9 @@ def _exact(path: Path, as_json: bool) -> int:
 
 
 def _projected(arguments: argparse.Namespace) -> int:
-    from pgolf.saved_settings import read_settings
+    from pgolf.quantization.size import projected_size, weights_of_run
+    from pgolf.run.saved_settings import read_settings
     from pgolf.settings import load_settings
-    from pgolf.size import projected_size, weights_of_run
 
     if arguments.target:
         folder = Path(arguments.target)

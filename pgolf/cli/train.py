@@ -5,8 +5,8 @@ import runpy
 import sys
 from typing import Any
 
-from pgolf import sources
 from pgolf.errors import UserError
+from pgolf.runtime import sources
 
 
 def add_parser(commands: Any) -> None:

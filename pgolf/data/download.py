@@ -21,9 +21,9 @@ from pgolf.data.prepare import DataPaths, locked
 from pgolf.data.shards import read_token_count
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.errors import DataError, UserError
-from pgolf.files import JSON_BYTES, file_bytes, make_folder, making_folder, read_json, write_json
 from pgolf.presets import DEFAULT_TRAIN_SHARDS
-from pgolf.progress import progress
+from pgolf.runtime.files import JSON_BYTES, file_bytes, make_folder, making_folder, read_json, write_json
+from pgolf.runtime.progress import progress
 
 DEFAULT_PREFIX = "datasets"
 CONNECT_SECONDS = 10  # for a connection to come about

@@ -11,7 +11,7 @@ from pgolf.data.prepare import prepared_facts
 from pgolf.data.shards import SPLITS, find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import ByteTable, Tokenizer
 from pgolf.errors import DataError
-from pgolf.progress import progress
+from pgolf.runtime.progress import progress
 
 DEFAULT_BOS_ID = 1  # of the community's tokenizers; used where no tokenizer is known
 _TOKENS_AT_ONCE = 4_000_000

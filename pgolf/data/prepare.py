@@ -28,9 +28,9 @@ from pgolf.data.spool import Selection, Spool
 from pgolf.data.texts import find_texts, read_documents
 from pgolf.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, train_tokenizer
 from pgolf.errors import DataError, UserError
-from pgolf.files import make_folder, making_folder, read_file, read_json, write_json
 from pgolf.presets import DEMO_VOCAB_SIZE
-from pgolf.progress import progress
+from pgolf.runtime.files import make_folder, making_folder, read_file, read_json, write_json
+from pgolf.runtime.progress import progress
 
 DEMO_VAL_BYTES = 160_000
 _DEMO_SHARDS = ("demo_train_000000.bin", "demo_val_000000.bin")

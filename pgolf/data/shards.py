@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pgolf.errors import DataError
-from pgolf.files import file_bytes, replacing
+from pgolf.runtime.files import file_bytes, replacing
 
 MAGIC = 20240520
 VERSION = 1

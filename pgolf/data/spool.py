@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import overload
 
-from pgolf.files import WriteError
+from pgolf.runtime.files import WriteError
 
 
 class Spool(Sequence[str]):

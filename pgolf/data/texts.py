@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pgolf.errors import DataError, UserError
-from pgolf.files import file_bytes
+from pgolf.runtime.files import file_bytes
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")

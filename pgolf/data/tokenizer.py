@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pgolf.errors import DataError, UserError
-from pgolf.files import read_file, replacing
+from pgolf.runtime.files import read_file, replacing
 
 SPACE = "\u2581"
 CASE_OPERATORS = ["\ue001", "\ue002", "\ue003", "\ue004"]

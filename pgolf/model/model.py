@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf import ops
-from pgolf.attention import attention
+from pgolf.model.attention import attention
 from pgolf.model.attention_gate import gate_heads, gate_logits, gate_rows
 from pgolf.model.bigram_hash import bigram_buckets, bigram_embedding
 from pgolf.model.config import ModelConfig
@@ -64,7 +64,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.attention = "auto"  # a backend of pgolf.attention
+        self.attention = "auto"  # a backend of pgolf.model.attention
         self.fused: frozenset[str] = frozenset()  # operations between the products: glue.py
         self.looping = config.num_loops > 0  # depth recurrence; a trainer may switch it on late
         self.visits = {looping: config.visits(looping) for looping in (False, True)}

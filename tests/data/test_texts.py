@@ -17,7 +17,7 @@ from pgolf.data.prepare import tokenize_files
 from pgolf.data.spool import Selection, Spool
 from pgolf.data.texts import cut_text, find_texts, read_documents
 from pgolf.errors import DataError, UserError
-from pgolf.files import WriteError
+from pgolf.runtime.files import WriteError
 
 
 @given(text=st.text(alphabet="ab \n", max_size=300), size=st.integers(1, 40))

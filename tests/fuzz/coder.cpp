@@ -1,7 +1,7 @@
 // Coded blobs. The first byte tells what the input is: 0 a blob; 1 a payload, given the right head; 2 values to encode.
-#include "coder.h"
+#include "coder/coder.h"
 
-#include "int_layout.h"
+#include "coder/int_layout.h"
 #include "target.h"
 
 namespace {

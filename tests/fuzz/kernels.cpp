@@ -3,12 +3,12 @@
 #include <cmath>
 #include <numeric>
 
-#include "cpu_features.h"
-#include "gptq.h"
-#include "gptq_refine.h"
-#include "pack_bits.h"
+#include "base/cpu_features.h"
+#include "gptq/gptq.h"
+#include "gptq/gptq_refine.h"
+#include "pack/pack_bits.h"
 #include "target.h"
-#include "trellis.h"
+#include "trellis/trellis.h"
 
 namespace {
 

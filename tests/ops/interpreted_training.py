@@ -9,8 +9,8 @@ from pgolf import ops
 from pgolf.model import Model, ModelConfig
 from pgolf.model.glue import OPERATIONS
 from pgolf.ops import backends
-from pgolf.optim import make_optimisers
 from pgolf.settings import load_settings
+from pgolf.training.optim import make_optimisers
 
 STEPS, CLASSES = 8, 64
 SMALL = {"PRESET": "demo", "NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2"}

@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-import aot
+from bench.kernels import aot
 
 VARIANTS = aot.variants()
 

@@ -278,7 +278,7 @@ def native():
 
 
 def in_strips(factor: torch.Tensor) -> torch.Tensor:
-    """A factor (N, N) as csrc/gptq.h stores it."""
+    """A factor (N, N) as csrc/gptq/gptq.h stores it."""
     n = len(factor)
     whole = torch.eye(n + -n % STRIP)
     whole[:n, :n] = factor

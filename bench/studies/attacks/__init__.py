@@ -1,1 +1,1 @@
-"""One file a kind of attack; `python bench/studies/attack.py` runs them."""
+"""One file a kind of attack; `python -m bench.studies.attack` runs them."""

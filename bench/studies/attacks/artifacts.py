@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from attacks.outcomes import MEMORY_BYTES, STUDIES, watch
+from bench.studies.attacks.outcomes import MEMORY_BYTES, ROOT, watch
 
 SIGNED_SHARE = 0.75  # of the artifacts, whose checksums are put right
 
@@ -17,8 +17,8 @@ def artifacts(seconds: float, seed: int) -> Counter[str]:
     """Read and built by a process of bounded memory, which is started anew where it dies."""
     with tempfile.TemporaryDirectory() as folder:
         write_good_artifact(Path(folder) / "good.pgolf")
-        start = [sys.executable, "-m", "attacks.artifacts", folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(STUDIES)}
+        start = [sys.executable, "-m", "bench.studies.attacks.artifacts", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)}
         return watch("artifacts", lambda at: [*start, str(at)], seconds, seed, environment)
 
 
@@ -28,7 +28,7 @@ def write_good_artifact(path: Path) -> None:
 
     from pgolf.artifact import write_artifact
     from pgolf.model import Model, ModelConfig
-    from pgolf.quantize import quantize
+    from pgolf.quantization.quantize import quantize
     from pgolf.settings import load_settings
 
     environ = {"PRESET": "demo", "VOCAB_SIZE": "60", "MODEL_DIM": "32", "NUM_LAYERS": "2", "LQER_RANK": "2"}
@@ -70,7 +70,7 @@ def read_and_build(path: Path) -> tuple[str, str]:
 
     from pgolf.artifact import read_artifact
     from pgolf.errors import PgolfError
-    from pgolf.quantize import model_from_artifact
+    from pgolf.quantization.quantize import model_from_artifact
 
     torch.set_num_threads(1)
     try:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from attacks.bad_files import damaged
-from attacks.bad_settings import ESCAPES, LONG, Kind
-from attacks.calls import Call, evaluate, train
-from attacks.small_project import DATASET, MODEL, TRAIN, VAL
+from bench.studies.attacks.bad_files import damaged
+from bench.studies.attacks.bad_settings import ESCAPES, LONG, Kind
+from bench.studies.attacks.calls import Call, evaluate, train
+from bench.studies.attacks.small_project import DATASET, MODEL, TRAIN, VAL
 
 SIDECAR = VAL.replace("_val_", "_val_bytes_")
 AS_THEY_ARE = object()

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from attacks.bad_settings import LONG, Kind
-from attacks.calls import RUN, Call, evaluate, evaluate_alone, import_weights, resume, train
-from attacks.small_project import MODEL, TRAIN, VAL
+from bench.studies.attacks.bad_settings import LONG, Kind
+from bench.studies.attacks.calls import RUN, Call, evaluate, evaluate_alone, import_weights, resume, train
+from bench.studies.attacks.small_project import MODEL, TRAIN, VAL
 
 CHECKPOINT, ARTIFACT = Path(RUN, "checkpoint.pt"), Path(RUN, "model.pgolf")
 OTHER_MODEL = "other/other_330_bpe.model"

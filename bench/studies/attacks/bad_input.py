@@ -26,12 +26,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from attacks.bad_data import KINDS as DATA
-from attacks.bad_files import KINDS as FILES
-from attacks.bad_settings import KINDS as SETTINGS
-from attacks.calls import Call
-from attacks.outcomes import HANG_SECONDS, MEMORY_BYTES, ROOT, STUDIES, watch
-from attacks.small_project import make_project
+from bench.studies.attacks.bad_data import KINDS as DATA
+from bench.studies.attacks.bad_files import KINDS as FILES
+from bench.studies.attacks.bad_settings import KINDS as SETTINGS
+from bench.studies.attacks.calls import Call
+from bench.studies.attacks.outcomes import HANG_SECONDS, MEMORY_BYTES, ROOT, watch
+from bench.studies.attacks.small_project import make_project
 
 KINDS = {**SETTINGS, **FILES, **DATA}
 MOST_LETTERS = 300  # of a line
@@ -43,10 +43,10 @@ HEAVY = (
     "torch",
     "train_gpt",
     "pgolf.cli",
-    "pgolf.import_checkpoint",
+    "pgolf.artifact.import_checkpoint",
     "pgolf.data.download",
-    "pgolf.size",
-    "pgolf.figures",
+    "pgolf.quantization.size",
+    "pgolf.run.figures",
     "torch._dynamo",
 )
 
@@ -54,8 +54,8 @@ HEAVY = (
 def bad_input(seconds: float, seed: int) -> Counter[str]:
     """Kind number seed % len(KINDS), varied by the seed; the seeds that follow are all the other kinds."""
     with tempfile.TemporaryDirectory() as folder:
-        start = [sys.executable, "-m", "attacks.bad_input", folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(STUDIES)}
+        start = [sys.executable, "-m", "bench.studies.attacks.bad_input", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)}
         return watch("bad_input", lambda at: [*start, str(at)], seconds, seed, environment)
 
 
@@ -210,5 +210,5 @@ def judge(call: Call, status: int, out: bytes, err: bytes, changes: list[str]) -
 
 
 if __name__ == "__main__":
-    importlib.import_module("pgolf.packed_code").pack_code()  # seconds, which no run has to spend then
+    importlib.import_module("pgolf.artifact.packed_code").pack_code()  # seconds, which no run has to spend then
     attempts(Path(sys.argv[1]), itertools.count(int(sys.argv[2])))

@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from attacks.calls import Call, evaluate, train
-from attacks.small_project import MODEL, SETTINGS
+from bench.studies.attacks.calls import Call, evaluate, train
+from bench.studies.attacks.small_project import MODEL, SETTINGS
 
 Kind = Callable[[random.Random], Call]
 LONG = "x" * 5000

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from attacks.small_project import MODEL, SETTINGS
+from bench.studies.attacks.small_project import MODEL, SETTINGS
 
 RUN = "runs/good"
 OF_A_SITTING = tuple(f"{RUN}/{name}" for name in ("train.log", "settings.json", "summary.json", "report.html"))

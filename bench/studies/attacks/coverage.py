@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from attacks.outcomes import HANG_SECONDS, note
+from bench.studies.attacks.outcomes import HANG_SECONDS, note
 
 TARGETS = ("coder", "ngram", "kernels")
 # The last as g++ says it: then the tables lie where the sanitizer watches their ends.

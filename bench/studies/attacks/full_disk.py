@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from attacks.kills import sittings, tokenize, write_text
-from attacks.lives import FILES, Life, Lost, Usual, attempts
-from attacks.outcomes import STUDIES, watch
-from attacks.sittings import Sitting, in_a_child, preload
+from bench.studies.attacks.kills import sittings, tokenize, write_text
+from bench.studies.attacks.lives import FILES, Life, Lost, Usual, attempts
+from bench.studies.attacks.outcomes import ROOT, watch
+from bench.studies.attacks.sittings import Sitting, in_a_child, preload
 
 # "import" and "output": `pgolf import-checkpoint`, and what `pgolf eval` and others print into a file.
 PHASES = (
@@ -46,8 +46,8 @@ def full_disk(seconds: float, seed: int) -> Counter[str] | None:
         print(f"full_disk: left out, for no disk can be mounted here ({problem})", file=sys.stderr)
         return None
     with tempfile.TemporaryDirectory() as folder:
-        start = [*own, sys.executable, "-m", "attacks.full_disk", folder]
-        environment = {**os.environ, "PYTHONPATH": str(STUDIES)}
+        start = [*own, sys.executable, "-m", "bench.studies.attacks.full_disk", folder]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return watch("full_disk", lambda at: [*start, str(at)], seconds, seed, environment)
 
 

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from attacks.lives import Life, Lost, Usual, attempts
-from attacks.outcomes import STUDIES, watch
-from attacks.sittings import Sitting, made_up_documents, preload, real
+from bench.studies.attacks.lives import Life, Lost, Usual, attempts
+from bench.studies.attacks.outcomes import ROOT, watch
+from bench.studies.attacks.sittings import Sitting, made_up_documents, preload, real
 
 # A life's signals come in this order. "imports" is Python's own start, in a process that is not forked; "files" is the
 # moment before one of a sitting's operations on files, each in turn.
@@ -39,8 +39,8 @@ END_SECONDS = 25.0  # a sitting that was signalled has as long
 def kills(seconds: float, seed: int) -> Counter[str]:
     """A seed is a life of `KILLS` signals."""
     with tempfile.TemporaryDirectory() as folder:
-        start = [sys.executable, "-m", "attacks.kills", folder]
-        environment = {**os.environ, "PYTHONPATH": str(STUDIES)}
+        start = [sys.executable, "-m", "bench.studies.attacks.kills", folder]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return watch("kills", lambda at: [*start, str(at)], seconds, seed, environment)
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from attacks.sittings import TINY, Sitting, in_a_child
+from bench.studies.attacks.sittings import TINY, Sitting, in_a_child
 
 FILES = {
     "settings.json",
@@ -107,12 +107,12 @@ def attempts(lead: Callable[[int], Iterator[str]], seed: int) -> None:
 
 
 def _problems(life: Life, whole: bool) -> Iterator[str]:
-    from pgolf import checkpoint
     from pgolf.artifact import read_artifact
     from pgolf.data.prepare import prepared_facts
     from pgolf.data.shards import find_shards, read_shard
     from pgolf.data.tokenizer import Tokenizer
-    from pgolf.saved_settings import read_settings
+    from pgolf.run.saved_settings import read_settings
+    from pgolf.training import checkpoint
 
     readers: dict[str, Callable[[Path], object]] = {
         "settings.json": read_settings,

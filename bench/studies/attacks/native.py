@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from attacks.outcomes import HANG_SECONDS, note
+from bench.studies.attacks.outcomes import HANG_SECONDS, note
 
 
 def coder_blobs(seconds: float, seed: int) -> Counter[str]:

@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-STUDIES = Path(__file__).resolve().parents[1]
-ROOT = STUDIES.parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 if str(ROOT / "tests") not in sys.path:
     sys.path.insert(0, str(ROOT / "tests"))  # the machinery is that of the tests
 

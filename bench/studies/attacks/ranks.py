@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from attacks.lives import Life, Lost, Usual, attempts
-from attacks.outcomes import STUDIES, watch
-from attacks.sittings import Sitting, preload, real
+from bench.studies.attacks.lives import Life, Lost, Usual, attempts
+from bench.studies.attacks.outcomes import ROOT, watch
+from bench.studies.attacks.sittings import Sitting, preload, real
 
 # Of the first rank. "torchrun" is a whole run under it, started as a user does; one of its workers is killed.
 PHASES = (
@@ -34,8 +34,8 @@ TORCHRUN_SECONDS = 10.0  # in which it starts, trains and scores
 def ranks(seconds: float, seed: int) -> Counter[str]:
     """A seed is a run that loses a rank `LOSSES` times."""
     with tempfile.TemporaryDirectory() as folder:
-        start = [sys.executable, "-m", "attacks.ranks", folder]
-        environment = {**os.environ, "PYTHONPATH": str(STUDIES)}
+        start = [sys.executable, "-m", "bench.studies.attacks.ranks", folder]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return watch("ranks", lambda at: [*start, str(at)], seconds, seed, environment)
 
 

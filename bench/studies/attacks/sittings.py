@@ -23,20 +23,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attacks.outcomes import ROOT
+from bench.studies.attacks.outcomes import ROOT
 
 SCRIPT = ROOT / "train_gpt.py"
 # A phase begins where a function is called; when it returns, the next begins, or the one around it goes on (None).
 HOOKS = (
     ("tokenize", "pgolf.data.prepare", "tokenize_files", "end"),
-    ("data", "pgolf.dataset", "open_dataset", "model"),
-    ("warm-up", "pgolf.train", "Trainer.warm_up", "training"),
-    ("training", "pgolf.train", "Trainer.train", "calibration"),
-    ("checkpoint", "pgolf.checkpoint", "save", None),
-    ("quantization", "pgolf.quantize", "quantize_within_budget", "scoring"),
-    ("artifact", "pgolf.artifact", "write_artifact", None),
-    ("summary", "pgolf.run", "Run.close", "end"),
-    ("report", "pgolf.run", "write_report", None),
+    ("data", "pgolf.data.dataset", "open_dataset", "model"),
+    ("warm-up", "pgolf.training.trainer", "Trainer.warm_up", "training"),
+    ("training", "pgolf.training.trainer", "Trainer.train", "calibration"),
+    ("checkpoint", "pgolf.training.checkpoint", "save", None),
+    ("quantization", "pgolf.quantization.quantize", "quantize_within_budget", "scoring"),
+    ("artifact", "pgolf.artifact.file", "write_artifact", None),
+    ("summary", "pgolf.run.record", "Run.close", "end"),
+    ("report", "pgolf.run.record", "write_report", None),
 )
 TINY = {
     "PRESET": "demo",
@@ -65,14 +65,15 @@ VAL_BYTES = 3000  # of the demo's validation text
 def preload() -> None:
     """What every sitting would import, compute or make for itself, alike each time."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no thread may be there when this process forks
-    from pgolf.entry import before_torch
+    from pgolf.run.entry import before_torch
 
     before_torch()
     runpy.run_path(str(SCRIPT), run_name="preload")
-    for name in ("torch._dynamo", "torch.distributed", "pgolf.cli", "pgolf.figures", *(hook[1] for hook in HOOKS)):
+    for name in ("torch._dynamo", "torch.distributed", "pgolf.cli", "pgolf.run.figures", *(hook[1] for hook in HOOKS)):
         importlib.import_module(name)
-    from pgolf import clock, packed_code
+    from pgolf.artifact import packed_code
     from pgolf.data import prepare
+    from pgolf.runtime import clock
 
     packed_code._script = lambda: SCRIPT
     packed_code.code_files = functools.cache(packed_code.code_files)

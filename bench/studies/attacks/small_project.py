@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from attacks.outcomes import ROOT
+from bench.studies.attacks.outcomes import ROOT
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from".split()  # noqa: SIM905
 PIECES = 320
@@ -92,10 +92,10 @@ def _make_weights() -> None:
     """weights.pt: a state dict as an entry's script saves it, of the finished run's model."""
     import torch
 
-    from pgolf import checkpoint
-    from pgolf.import_checkpoint import weight_map
+    from pgolf.artifact.import_checkpoint import weight_map
     from pgolf.model import ModelConfig
     from pgolf.settings import load_settings
+    from pgolf.training import checkpoint
 
     weights = dict(checkpoint.weights(Path("runs/good")))
     state, whole = {}, set()

@@ -1,0 +1,1 @@
+"""Benchmarks and studies; README.md tells how to run them."""

@@ -1,0 +1,162 @@
+"""Bytes that torch.compile plans to move for the model's plain functions between matrix products.
+
+    python -m bench.step_model.compiled_traffic
+
+Each function is compiled, forward and backward, and the scheduler's kernels are asked what they read and write, each
+buffer of a kernel once. The plan is the CPU's, which fuses a little less than a GPU's. In X = tokens x 512 x 2 bytes;
+figures of `traffic.COMPILED_X` are from here.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._inductor.scheduler import Scheduler
+
+from pgolf.model import norm, rotate
+from pgolf.model.attention_gate import gate_heads
+from pgolf.model.residual import merge_lanes, mix_with_embedding, route_to_lanes
+from pgolf.model.skips import add_skip
+from pgolf.model.smear_gate import smear
+from pgolf.model.xsa import exclude_self
+
+TOKENS, DIM, VOCABULARY = 4096, 512, 341  # of tokens to a row of the table as in the record
+X = TOKENS * DIM * 2
+SCALE = 0.5  # of a norm
+
+
+def add(x, branch):
+    x = x + branch
+    return x, norm(x, SCALE)
+
+
+def mix(x, x0, weights):
+    x = mix_with_embedding(x, x0, weights)
+    return x, norm(x, SCALE)
+
+
+def add_mix(x, branch, x0, weights):
+    return mix(x + branch, x0, weights)
+
+
+def add_mix_skip(x, branch, x0, weights, skip, skip_weight, skip_gate):
+    return mix(add_skip(x + branch, skip, skip_weight, skip_gate), x0, weights)
+
+
+def part_lanes(x, branch, x0, weights, skip, skip_weight, skip_gate):
+    second = x + branch
+    first = add_skip(second, skip, skip_weight, skip_gate)
+    return first, second, norm(mix_with_embedding(first, x0, weights), SCALE), norm(second, SCALE)
+
+
+def two_lanes(first, second, attention, mlp, keep, post, x0, weights, *skip):
+    first, second = route_to_lanes((first, second), attention, mlp, keep, post)
+    if skip:
+        first = add_skip(first, *skip)
+    return first, second, norm(mix_with_embedding(first, x0, weights), SCALE), norm(second, SCALE)
+
+
+def merge(first, second, attention, mlp, keep, post):
+    return (norm(merge_lanes(route_to_lanes((first, second), attention, mlp, keep, post), "mean")),)
+
+
+def embed(table, tokens, weight, strength, starts):
+    return (norm(smear(torch.nn.functional.embedding(tokens, table), weight, strength, starts)),)
+
+
+def scaled(function):
+    """As the entries have it: the branch times a scale by channel, which the model folds into the branch's matrix."""
+    return lambda x, branch, branch_scale, *others: function(x, branch_scale * branch, *others)
+
+
+def qk_norm_rope(q, k, cos, sin, gain):
+    return rotate(norm(q), (cos, sin)) * gain.unsqueeze(-1), rotate(norm(k), (cos, sin))
+
+
+def qkv_norm_rope(projected, cos, sin, gain):
+    """8 query and 4 key heads of 64, values for two readers, 8 logits."""
+    q, k, v, logits, _ = projected.split([512, 256, 256, 8, projected.size(-1) - 1032], -1)
+    q, k, v = (part.unflatten(-1, (-1, 64)) for part in (q, k, v))
+    return *qk_norm_rope(q, k, cos, sin, gain), v, v.view_as(v), logits
+
+
+def xsa_gate(y, v, logits):
+    return (gate_heads(exclude_self(y, v), logits),)
+
+
+def cases() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape).bfloat16().requires_grad_()
+
+    def stream() -> Tensor:
+        return leaf(1, TOKENS, DIM)
+
+    heads, keys = leaf(1, TOKENS, 8, 64), leaf(1, TOKENS, 4, 64)
+    tables = torch.randn(2, 1, TOKENS, 1, 8).bfloat16().unbind(0)
+    skip = stream(), leaf(DIM), leaf(DIM)
+    embedding = stream(), leaf(2, DIM)
+    residual = {
+        "add": (add, ()),
+        "add + mix": (add_mix, embedding),
+        "add + mix + skip": (add_mix_skip, (*embedding, *skip)),
+    }
+    lanes = stream(), stream(), stream(), stream(), leaf(2), leaf(2, 2)
+    tokens, starts = torch.randint(VOCABULARY, (1, TOKENS)), torch.rand(1, TOKENS) < 0.001
+    return {
+        "lanes part": (part_lanes, (stream(), stream(), *embedding, *skip)),
+        "two lanes": (two_lanes, (*lanes, *embedding)),
+        "two lanes + skip": (two_lanes, (*lanes, *embedding, *skip)),
+        "lanes merge": (merge, lanes),
+        "embedding": (embed, (leaf(VOCABULARY, DIM), tokens, leaf(1, 12), leaf(1), starts)),
+        "mix": (mix, (stream(), *embedding)),
+        **{name: (function, (stream(), stream(), *others)) for name, (function, others) in residual.items()},
+        **{
+            f"{name}, scaled": (scaled(function), (stream(), stream(), leaf(DIM), *others))
+            for name, (function, others) in residual.items()
+        },
+        "qk_norm_rope": (qk_norm_rope, (heads, keys, *tables, leaf(8))),
+        "qkv_norm_rope": (qkv_norm_rope, (leaf(1, TOKENS, 1088), *tables, leaf(8))),
+        "xsa_gate": (xsa_gate, (heads, keys, leaf(1, TOKENS, 8))),
+    }
+
+
+def planned_bytes(function: Callable, inputs: tuple[Tensor, ...]) -> tuple[list[int], list[int], int]:
+    """Bytes of each kernel, forward and backward, and bytes of tokens kept between the two."""
+    kernels: list[int] = []
+    emit = Scheduler.codegen
+
+    def counting(self):
+        kernels.extend(node.get_read_write_buffers_sizes() for node in self.nodes)
+        return emit(self)
+
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    torch._dynamo.reset()
+    Scheduler.codegen = counting
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outs = torch.compile(function, fullgraph=True, dynamic=False)(*inputs)
+        forward = kernels.copy()
+        kernels.clear()
+        torch.autograd.backward(outs, [torch.randn_like(out) for out in outs])
+    finally:
+        Scheduler.codegen = emit
+    return forward, kernels, sum(kept.values())
+
+
+def main() -> None:
+    torch._inductor.config.force_disable_caches = True  # what comes from a cache is not planned
+    print(f"{'function':24}  total X  kept X  kernels forward | backward, X each")
+    for name, (function, inputs) in cases().items():
+        forward, backward, kept = planned_bytes(function, inputs)
+        each = " | ".join(" ".join(f"{size / X:.2f}" for size in sizes) for sizes in (forward, backward))
+        print(f"{name:24}  {(sum(forward) + sum(backward)) / X:7.2f}  {kept / X:6.2f}  {each}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

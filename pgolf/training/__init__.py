@@ -1,0 +1,16 @@
+"""From a fresh model to trained weights.
+
+averaging          averages of the weights over training
+checkpoint         a run's checkpoints, and the only place that knows their format
+checkpoint_writer  when they are written: beside training
+cuda_graphs        forward and backward captured once
+losses             what training minimises
+muon               Muon
+optim              one optimizer step over all ranks
+qat                quantization-aware training
+schedule           what changes during training
+sharding           which rank works on which matrices
+train_log          lines and metrics about single steps
+trainer            the loop
+utilisation        FLOPs a token, and their share of the device's peak
+"""

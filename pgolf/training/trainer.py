@@ -1,0 +1,336 @@
+"""The training loop: a hard wall-clock budget, Muon and AdamW, schedules, averages, checkpoints.
+
+Between two talks of the ranks nothing waits for the device, and at a talk only for work that lies `LAG` steps back.
+"""
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pgolf.data.batch import MicroBatch
+from pgolf.data.prefetch import Loader
+from pgolf.data.tokenizer import ByteTable
+from pgolf.errors import Interrupted, ScoreError, UserError
+from pgolf.evaluation.scoring import Score
+from pgolf.model import Model
+from pgolf.run.record import Aborted, Diverged, Run
+from pgolf.runtime.clock import Clock, Stopwatch
+from pgolf.runtime.machine import allow_compilations, compilations
+from pgolf.runtime.ranks import LostProcess, Ranks
+from pgolf.settings import Settings
+from pgolf.training import checkpoint, cuda_graphs
+from pgolf.training.averaging import make_average
+from pgolf.training.checkpoint import CHECKPOINT
+from pgolf.training.checkpoint_writer import CheckpointWriter
+from pgolf.training.losses import TrainingLoss
+from pgolf.training.optim import make_optimisers
+from pgolf.training.qat import FakeQuantize
+from pgolf.training.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
+from pgolf.training.train_log import DIVERGED_STEPS, TrainLog
+from pgolf.training.utilisation import flops_per_token, performance
+
+LAG = 2  # steps that a GPU may still have before it when the clock is read
+GRAPHS = 64  # of the forward pass, at most: the compiler's own limit is 8, and each phase has one or two
+
+
+class Trainer:
+    """Trains `model` in place. The clock counts training steps, and then calibration, against MAX_WALLCLOCK_SECONDS."""
+
+    def __init__(
+        self,
+        model: Model,
+        loader: Loader,
+        settings: Settings,
+        ranks: Ranks,
+        run: Run,
+        byte_table: ByteTable | None = None,  # for BYTE_WEIGHTED_LOSS
+    ):
+        self.model, self.loader, self.settings, self.ranks, self.run = model, loader, settings, ranks, run
+        self.parameters = list(model.parameters())
+        self.device = self.parameters[0].device
+        self.compiled = settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda")
+        # On CPU torch 2.13 cannot compile Muon's row normalisation, and there is nothing to win.
+        self.optimisers = make_optimisers(model, settings, ranks, self.compiled and self.device.type == "cuda")
+        self.average = make_average(self.parameters, settings)
+        self.quantized = None if settings.qat == "none" else FakeQuantize(settings, self.device)
+        self.training_loss = TrainingLoss(model, settings, byte_table)
+        self.loss: Callable[..., torch.Tensor] = self.training_loss
+        self.cuda_graphs = cuda_graphs.choose_cuda_graphs(settings.cuda_graphs, self.device, self.compiled)
+        if self.compiled:
+            allow_compilations(GRAPHS)
+            options: dict[str, Any] = {"triton.cudagraphs": True} if self.cuda_graphs else {}
+            self.loss = torch.compile(self.training_loss, fullgraph=True, dynamic=False, options=options)
+        self.step = 0
+        self.flops = 0  # of all steps, on all ranks together
+        self.used_seconds = 0.0  # of the wall-clock budget
+        self.step_seconds = 0.0  # of one step, cautiously
+        self.at_warmdown: Callable[[], None] | None = None  # called once, on all ranks, before the rate first falls
+        self._enter(0.0)
+        rows = settings.train_batch_tokens // settings.train_seq_len
+        if rows % ranks.world_size:
+            raise UserError(
+                f"TRAIN_BATCH_TOKENS={settings.train_batch_tokens} is {rows} rows of "
+                f"TRAIN_SEQ_LEN={settings.train_seq_len}, which {ranks.world_size} processes cannot share evenly"
+            )
+
+    @cached_property
+    def writer(self) -> CheckpointWriter:
+        """Made when first used: a benchmark's trainer belongs to no run."""
+        return CheckpointWriter(self.run.folder, self.run.log, self.run.warn)
+
+    @property
+    def train_limit_seconds(self) -> float:
+        return self.settings.max_wallclock_seconds - self.settings.gptq_reserve_seconds
+
+    def _enter(self, used: float) -> None:
+        """Whatever depends on the fraction of the budget that is used; nothing waits for the device."""
+        self.training_loss.set_progress(used)
+        start = fraction_where(self.settings, self.settings.late_qat_threshold)
+        if self.quantized and used >= start:
+            self.quantized.set_progress((used - start) / max(1.0 - start, 1e-9))
+        self._set(phase_at(self.settings, used))
+
+    def _set(self, phase: Phase) -> None:
+        self.phase = phase
+        self.model.looping = phase.looping
+        self.model.fake_quantize = self.quantized if phase.quantized else None
+
+    def warm_up(self) -> None:
+        """Untimed steps that compile and cache everything; afterwards weights, optimisers and data are as before."""
+        weights = [p.detach().clone() for p in self.parameters]
+        position = self.loader.state_dict()
+        steps, skipped = self.settings.warmup_steps, cuda_graphs.skipped()
+        if self.cuda_graphs and steps:
+            steps = max(steps, cuda_graphs.WARMUP_STEPS)
+        for phase in reversed(phases(self.settings)):  # the first, with which training begins, is timed last
+            self._set(phase)
+            for _ in range(steps):
+                begin = time.perf_counter()
+                self.take_step(0.0)
+                self._synchronize()
+                self.step_seconds = time.perf_counter() - begin
+        with torch.no_grad():
+            for parameter, weight in zip(self.parameters, weights, strict=True):
+                parameter.copy_(weight)
+        self.optimisers.reset()
+        self.loader.load_state_dict(position)
+        (self.step_seconds,) = self.ranks.agree(self.step_seconds)
+        self._enter(0.0)
+        if self.cuda_graphs and (skipped := cuda_graphs.skipped() - skipped):
+            self.run.log(f"cuda_graphs: {skipped} passes are not captured; TORCH_LOGS=perf_hints tells why")
+
+    def train(self, validate: Callable[[], Score]) -> None:
+        """Steps until the iterations or the time for training are used up; the moving average becomes the weights.
+
+        Every VAL_LOSS_EVERY steps and after ABORT_STEP `validate()` is called and logged, with the clock stopped.
+        """
+        settings, run = self.settings, self.run
+        if self.step_seconds > self.train_limit_seconds:
+            raise UserError(
+                f"MAX_WALLCLOCK_SECONDS={settings.max_wallclock_seconds:g} is too small for one step: a step takes "
+                f"{self.step_seconds:.2f} s and GPTQ_RESERVE_SECONDS={settings.gptq_reserve_seconds:g} are kept back"
+            )
+        graphs = compilations()
+        with run.deferring_signals():
+            try:
+                self._train(validate)
+            except LostProcess as error:
+                raise error.during(f"step {self.step}") from error
+            finally:  # what an interrupted run has to tell, too
+                tokens = self.step * settings.train_batch_tokens
+                run.note(steps=self.step, tokens_seen=tokens, train_seconds=self.used_seconds)
+        found = performance(self.flops, self.used_seconds, self.step, self.ranks.world_size, self.device)
+        run.note(recompilations=compilations() - graphs, **found)
+        run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
+        self.model.fake_quantize = None
+        if not self._finite():
+            raise self._diverged("its weights are not finite")
+        if self.average:
+            self.average.copy_to_parameters()
+
+    def _train(self, validate: Callable[[], Score]) -> None:
+        settings, run, limit = self.settings, self.run, self.train_limit_seconds
+        watch, clock = Stopwatch(self.device, self.used_seconds), Clock(self.used_seconds, self.step_seconds)
+        marks: deque[Any] = deque(maxlen=LAG + 1 if watch.cuda else 1)  # after each of the latest steps
+        log = TrainLog(run, settings, watch)
+        talk_at = self.step
+        saved_at, between = self.used_seconds, 60 * settings.checkpoint_minutes
+        while True:
+            if self.step == talk_at or (run.signal is not None and self.ranks.world_size == 1):
+                if marks:
+                    clock.read(watch.seconds(marks[0]) + (len(marks) - 1) * clock.mean)
+                (elapsed, mean, slowest, steps, lost), signalled = self.ranks.share(
+                    clock.elapsed,
+                    clock.mean,
+                    clock.slowest,
+                    clock.steps_ahead(limit),
+                    float(log.diverged),
+                    flag=run.signal is not None,
+                )
+                self.used_seconds, self.step_seconds, talked = elapsed, slowest, self.step
+                if lost:
+                    raise self._diverged(f"the loss has not been finite for {DIVERGED_STEPS} steps")
+                if signalled:
+                    log.write_all()
+                    self.save()
+                    raise Interrupted(run.signal or signal.SIGTERM)
+                if not steps or self.step >= settings.iterations:
+                    break
+                if between and elapsed - saved_at >= between and limit - elapsed > between / 2:
+                    saved_at = elapsed
+                    log.write_all()
+                    clock.read(watch.pause())
+                    self.used_seconds = clock.elapsed
+                    self.save(beside=True)
+                    marks.clear()
+                    watch.resume()
+                talk_at = min(self.step + int(steps), settings.iterations)
+            # Between two talks all ranks go by the same guess of the time.
+            used = used_fraction(settings, self.step, elapsed + (self.step - talked) * mean, limit)
+            scale, before = lr_scale(settings, used), self.phase
+            if scale < 1.0 and self.at_warmdown:
+                self.at_warmdown()
+                self.at_warmdown = None
+            begin = time.perf_counter()
+            self._enter(used)
+            if self.phase != before:
+                run.log(f"phase: step:{self.step} {self.phase.line}")
+            loss = self.take_step(scale)
+            self.step += 1
+            self.flops += settings.train_batch_tokens * flops_per_token(
+                self.model.config, self.phase.looping, self.phase.seq_len
+            )
+            if self.average:
+                self.average.update(self.step, used)
+            marks.append(log.add(self.step, loss, scale))
+            clock.tick(time.perf_counter() - begin)
+            if self.step == settings.abort_step or (
+                settings.val_loss_every and self.step % settings.val_loss_every == 0
+            ):
+                log.write_all()
+                clock.read(watch.pause())
+                self._validate(validate, clock.elapsed)
+                marks.clear()
+                watch.resume()
+        log.write_all()
+        (self.used_seconds,) = self.ranks.agree(watch.pause())
+        if not steps:
+            where = f"step:{self.step}/{settings.iterations}"
+            run.log(f"stopping_early: wallclock_cap train_time:{1000 * self.used_seconds:.0f}ms {where}")
+        self.save()  # what follows can be repeated from here
+
+    def _validate(self, validate: Callable[[], Score], seconds: float) -> None:
+        """Score the weights as they are, not rounded. `Aborted` after ABORT_STEP if they are worse than ABORT_BPB."""
+        settings, quantized = self.settings, self.model.fake_quantize
+        self.model.fake_quantize = None
+        try:
+            score = validate()
+        except ScoreError as error:
+            raise self._diverged(str(error)) from None
+        self.model.fake_quantize = quantized
+        self.run.log_score(self.step, settings.iterations, score, seconds)
+        if self.step == settings.abort_step and settings.abort_bpb and not score.bpb <= settings.abort_bpb:
+            self.used_seconds = seconds
+            self.run.note(val_loss_float=score.loss, val_bpb_float=score.bpb)
+            raise Aborted(f"step {self.step}: val_bpb {score.bpb:.4f} is above ABORT_BPB={settings.abort_bpb:g}")
+
+    def calibration_batches(self) -> Iterator[MicroBatch]:
+        """Of the next GPTQ_CALIBRATION_BATCHES training batches, this rank's share, on the device."""
+        for _ in range(self.settings.gptq_calibration_batches):
+            yield from self._micro_batches()
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        batch = self.loader.next_batch().to(self.device)
+        return batch.micro_batches(self.settings.micro_batch_tokens, self.phase.seq_len)
+
+    def countdown(self) -> Callable[[], float]:
+        """Start the clock again; the result tells how many seconds of the wall-clock budget are left."""
+        end = time.perf_counter() + self.settings.max_wallclock_seconds - self.used_seconds
+
+        def seconds_left() -> float:
+            self._synchronize()
+            return end - time.perf_counter()
+
+        return seconds_left
+
+    def take_step(self, scale: float) -> torch.Tensor:
+        """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
+        settings = self.settings
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(self._micro_batches()):
+            if self.cuda_graphs:
+                if number == 1:
+                    cuda_graphs.keep_gradients(self.parameters)
+                cuda_graphs.begin()
+            loss = self.loss(*batch) * (batch.targets.numel() / settings.train_batch_tokens)
+            loss.backward()
+            total += loss.detach()
+        warm_up = settings.muon_momentum_warmup_steps
+        fraction = min(self.step / warm_up, 1.0) if warm_up else 1.0
+        start = settings.muon_momentum_warmup_start
+        self.optimisers.set_rates(scale, momentum=start + fraction * (settings.muon_momentum - start))
+        if self.average:
+            self.average.join()
+        return self.optimisers.step(total)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _diverged(self, what: str) -> Diverged:
+        self.writer.settle()
+        kept = [path.name for path in checkpoint.candidates(self.run.folder)]
+        return Diverged(f"step {self.step}: {what}; kept: {', '.join(kept) or 'no checkpoint, for none was due'}")
+
+    def _finite(self) -> bool:
+        """Whether weights and averages are, on all ranks; waits for the device."""
+        values = [*self.parameters, *(self.average.average if self.average else [])]
+        finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
+        return not self.ranks.any(not bool(finite))
+
+    def save(self, beside: bool = False) -> None:
+        """Write the checkpoint, from the first rank; with `beside`, while training goes on. All ranks must call it:
+        each has a part of the momentum."""
+        begin = time.perf_counter()
+        optimisers = self.optimisers.state_dict()
+        if not self.ranks.first:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimisers": optimisers,
+            "average": self.average.state_dict() if self.average else None,
+            "loader": self.loader.state_dict(),
+            "step": self.step,
+            "flops": self.flops,
+            "used_seconds": self.used_seconds,
+        }
+        if beside:
+            self.writer.begin(state, since=begin)
+        else:
+            self.writer.write(state)
+        self.run.note(checkpoints=self.writer.count, checkpoint_seconds=round(self.writer.stopped_seconds, 3))
+
+    def load(self) -> None:
+        """Go on from the run folder's checkpoint. Call after `warm_up`."""
+        path = checkpoint.load_first(
+            self.run.folder, self._restore, self.run.warn, agreed=lambda fine: not self.ranks.any(not fine)
+        )
+        self.writer.keep_old = path.name == CHECKPOINT
+        self.run.log(f"resumed: step:{self.step} train_time:{1000 * self.used_seconds:.0f}ms")
+
+    def _restore(self, state: checkpoint.State) -> None:
+        """Take over a state; `ValueError` where it is not one of this model, these optimisers and this data."""
+        checkpoint.check_tensors("model", state["model"], self.model.state_dict())
+        if (state["average"] is None) != (self.average is None):
+            raise ValueError("average: these settings have one, or that run had")
+        self.model.load_state_dict(state["model"])
+        self.optimisers.load_state_dict(state["optimisers"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.flops, self.used_seconds = state["step"], state["flops"], state["used_seconds"]
