@@ -20,9 +20,15 @@ SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
+def native_source(name: str) -> Path:
+    """The file of csrc/ that is called `name`.cpp."""
+    (found,) = (ROOT / "csrc").rglob(f"{name}.cpp")
+    return found
+
+
 def build(program: Path, driver: str, *flags: str, compiler: str = "g++") -> str:
     """Compile tests/`driver`.cpp and what it needs: "", or what the compiler said."""
-    sources = [ROOT / "tests" / f"{driver}.cpp", *(ROOT / "csrc" / f"{source}.cpp" for source in SOURCES[driver])]
+    sources = [ROOT / "tests" / f"{driver}.cpp", *map(native_source, SOURCES[driver])]
     if driver.startswith("fuzz/"):
         sources.append(ROOT / "tests" / "fuzz" / "harness.cpp")
     command = [

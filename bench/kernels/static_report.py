@@ -95,7 +95,7 @@ def cuda_reports(nvcc: str | None = None) -> list[KernelReport]:
     if nvcc is None:
         raise CannotRead("nvcc is not in PATH, CUDA_HOME or /usr/local/cuda")
     reports = []
-    for source in sorted((ROOT / "csrc").glob("*.cu")):
+    for source in sorted((ROOT / "csrc").rglob("*.cu")):
         log, ptx = compile_cuda(nvcc, source)
         reports += read_ptxas(log, ptx)
     return reports
@@ -114,7 +114,7 @@ def compile_cuda(nvcc: str, source: Path) -> tuple[str, str]:
         command = [nvcc, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
         command += [
             "-I",
-            str(source.parent),
+            str(ROOT / "csrc"),
             "--keep",
             "--keep-dir",
             folder,

@@ -62,7 +62,7 @@ def take(path: Path, names: list[str], given: dict[str, Any], text: str | None =
     if missing:
         raise LookupError(f"{path.name} defines no {missing[0]}")
     wanted = [node for node in tree.body if _defines(node) & set(names) or _registers_on(node) & set(names)]
-    module = ModuleType(f"peers.taken_{next(_numbers)}_{path.stem}")
+    module = ModuleType(f"bench.peers.taken_{next(_numbers)}_{path.stem}")
     module.__file__ = str(path)
     module.__dict__.update(given)
     sys.modules[module.__name__] = module
@@ -72,7 +72,7 @@ def take(path: Path, names: list[str], given: dict[str, Any], text: str | None =
 
 def load_module(path: Path) -> ModuleType:
     """A whole file of a peer, run as a module of its own."""
-    name = f"peers.loaded_{next(_numbers)}_{path.stem}"
+    name = f"bench.peers.loaded_{next(_numbers)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise LookupError(f"no {path.name} in the checkout")
@@ -83,11 +83,11 @@ def load_module(path: Path) -> ModuleType:
 
 @lru_cache
 def _taken(checkout: Path, name: str, what: str) -> Any:
-    return getattr(importlib.import_module(f"peers.{name}"), what)(checkout)
+    return getattr(importlib.import_module(f"bench.peers.{name}"), what)(checkout)
 
 
 def _loaded(name: str, what: str) -> Any:
-    repository = importlib.import_module(f"peers.{name}").REPOSITORY
+    repository = importlib.import_module(f"bench.peers.{name}").REPOSITORY
     folder = os.environ.get("PGOLF_PEERS")
     if not folder:
         raise NoPeer(f"peer {repository}: PGOLF_PEERS names no folder with checkouts")

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("resource")
-STUDIES = Path(__file__).parents[2] / "bench" / "studies"
-sys.path.append(str(STUDIES))
 from bench.studies import attack  # noqa: E402
 from bench.studies.attacks import artifacts, coverage, outcomes  # noqa: E402
 
@@ -62,7 +60,7 @@ print("through")
 
 def test_a_run_that_is_signalled_and_one_that_loses_a_rank(tmp_path):
     """A process of its own, for it forks."""
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(STUDIES), str(STUDIES.parent.parent)))}
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", LIVES, tmp_path], env=environ, capture_output=True, text=True)
     assert done.stdout == "through\n", done.stderr + done.stdout
 

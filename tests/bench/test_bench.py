@@ -256,7 +256,8 @@ def test_gpu_sh_keeps_going_when_every_part_fails(tmp_path):
     """An interpreter that can do nothing but collect: each part fails, and the file of results tells so."""
     stub = tmp_path / "python"
     stub.write_text(
-        f'#!/bin/sh\ncase "$1" in bench/harness/results.py) exec {sys.executable} "$@";; -) exit 0;; esac\necho no\nexit 3\n'
+        f'#!/bin/sh\ncase "$2" in bench.harness.results) exec {sys.executable} "$@";; esac\n'
+        'case "$1" in -) exit 0;; esac\necho no\nexit 3\n'
     )
     stub.chmod(0o755)
     done = subprocess.run(

@@ -166,7 +166,7 @@ def test_architectures(functions, monkeypatch, text, archs):
 
 
 def test_csrc_needs_neither_torch_nor_python():
-    for path in (ROOT / "csrc").iterdir():
+    for path in (ROOT / "csrc").rglob("*.*"):
         included = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text())
         assert not [name for name in included if re.match(r"(torch|ATen|c10|triton)/", name)], path.name
         if not path.stem.endswith("bindings"):

@@ -97,7 +97,7 @@ def test_kernels_import_torch_and_triton_only():
 
 
 def test_native_sources_know_neither_torch_nor_python():
-    sources = [path for path in (ROOT / "csrc").glob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".in")]
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".in")]
     assert len(sources) > 5
     for path in sources:
         includes = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text(encoding="utf-8"))

@@ -77,7 +77,7 @@ def test_data_commands(as_a_user):
             assert run(command, as_a_user).strip()
     own = as_a_user[0] / "my-texts"
     own.mkdir()
-    for path in (ROOT / "pgolf").glob("*.py"):
+    for path in (ROOT / "pgolf").rglob("*.py"):
         shutil.copy(path, own / f"{path.stem}.txt")
     (command,) = (line for line in COMMANDS if line.startswith("pgolf data tokenize"))
     run(command.partition("#")[0] + "--vocab-size 512", as_a_user)

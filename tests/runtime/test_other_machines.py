@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from native_drivers import native_source
 
 ROOT = Path(__file__).parents[2]
-DRIVER = Path(__file__).with_name("portable_driver.cpp")
+DRIVER = ROOT / "tests" / "portable_driver.cpp"
 SOURCES = (
     *("coder", "float_coder", "int_layout", "logistic", "match_rows", "mix_coder", "static_coder", "cpu_features"),
     *("hint_counts", "ngram_cache", "ngram_counts", "pack_bits", "trellis"),
@@ -17,7 +18,7 @@ FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w")  # the seco
 
 
 def start_build(compiler: str, program: Path, *flags: str) -> subprocess.Popen:
-    sources = [DRIVER, *(ROOT / "csrc" / f"{name}.cpp" for name in SOURCES)]
+    sources = [DRIVER, *map(native_source, SOURCES)]
     command = [compiler, *FLAGS, *flags, "-I", ROOT / "csrc", *sources, "-o", program]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
