@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: help, an
 import torch
 
 from pgolf.artifact import read_artifact, write_artifact
+from pgolf.artifact.model import model_from_artifact
 from pgolf.artifact.packed_code import code_bytes, raw_code_bytes
 from pgolf.data.dataset import compressors_bpb, open_dataset, training_loader
 from pgolf.evaluation.ngram import evaluate_ngram
@@ -33,9 +34,11 @@ from pgolf.model import Model, ModelConfig, choose_fused_glue
 from pgolf.model.attention import choose_attention
 from pgolf.ops.backends import check_environment
 from pgolf.quantization.byte_budget import PROBE_ROWS, measure_rises
-from pgolf.quantization.quantize import collect_hessians, model_from_artifact, quantize_within_budget
+from pgolf.quantization.calibration import collect_hessians
+from pgolf.quantization.config import QuantizationConfig
+from pgolf.quantization.quantize import quantize_within_budget
 from pgolf.quantization.quantizers import OPERATIONS
-from pgolf.quantization.size import project, projection_error, will_be_fitted
+from pgolf.quantization.size import SizeProjection
 from pgolf.run.record import Run, settings_of_run
 from pgolf.runtime.machine import compute_dtype, keep_freed_memory
 from pgolf.runtime.ranks import Ranks, launch
@@ -73,11 +76,16 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         return evaluate(scored, data.val_tokens, data.val_token_bytes, **how)
 
     # Train, then calibrate with what is left of the wall-clock budget
-    code = code_bytes()
+    quantization, code = QuantizationConfig.of(settings), code_bytes()
     run.warn_of_budget(code)
-    trainer.at_warmdown = partial(
-        run.attempt, "the size projection", project, run, model.named_parameters, settings, code
-    )
+    projection = SizeProjection(model.named_parameters, settings, code)
+
+    def project() -> None:
+        run.log(projection.make())
+        run.note(projected_artifact_bytes=projection.artifact_bytes)
+
+    if ranks.first:
+        trainer.at_warmdown = partial(run.attempt, "the size projection", project)
     with run.timed("warmup"):
         trainer.warm_up()
     if settings.resume:
@@ -87,11 +95,13 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.seconds["train"] = trainer.used_seconds - before
     with run.timed("calibration"):
         seconds_left, rises = trainer.countdown(), {}
-        fitting = ranks.any(will_be_fitted(run.summary, settings, code))
+        fitting = ranks.any(projection.near_budget)
         probing = settings.gptq_reserve_seconds / 2 if fitting else 0.0
         hessians = collect_hessians(model, trainer.calibration_batches(), ranks, lambda: seconds_left() - probing)
         if fitting:
-            rises = measure_rises(model, hessians, islice(trainer.calibration_batches(), PROBE_ROWS), settings, ranks)
+            rises = measure_rises(
+                model, hessians, islice(trainer.calibration_batches(), PROBE_ROWS), quantization, ranks
+            )
     (calibration_seconds,) = ranks.agree(run.seconds["calibration"])
     used = trainer.used_seconds + calibration_seconds
     run.note(
@@ -111,8 +121,9 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         }
         write = partial(write_artifact, artifact_path, metadata=metadata, mode=settings.artifact_coder)
         with run.timed("quantize"):
-            fitted = quantize_within_budget(model, hessians, settings, rises, write, code, ranks.alive)
-        run.log(fitted or projection_error(run.summary, artifact_path.stat().st_size))
+            budget = {"budget_bytes": settings.budget_bytes, "code_bytes": code, "wanted": settings.artifact_bytes}
+            fitted = quantize_within_budget(model, hessians, quantization, rises, write, **budget, alive=ranks.alive)
+        run.log(fitted or projection.error(artifact_path.stat().st_size))
         ranks.alive(done=True)
     else:
         ranks.wait_for_first()

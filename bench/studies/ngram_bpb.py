@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from pgolf.artifact import read_artifact
+from pgolf.artifact.model import model_from_artifact
 from pgolf.data.dataset import open_dataset
 from pgolf.evaluation.ngram import evaluate_ngram
 from pgolf.evaluation.ngram_cache import MIXINGS
-from pgolf.quantization.quantize import model_from_artifact
 from pgolf.run.saved_settings import read_settings
 from pgolf.runtime.machine import compute_dtype
 from pgolf.runtime.ranks import launch

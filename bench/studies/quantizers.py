@@ -1,12 +1,12 @@
 """Quantisers at equal bytes: what each costs a trained model in bits per byte.
 
-    python -m bench.studies.quantizers runs/A runs/B ...     # folders of finished runs; their checkpoints are quantised anew
+    python -m bench.studies.quantizers runs/A runs/B ...  # folders of finished runs; their checkpoints quantised anew
 
 For each run: GPTQ at the settings' steps makes a file of B bytes. Every other quantiser's steps, all scaled alike, are
-made to fit B within `NEAR`; "+ budget" chooses each tensor's step instead (pgolf/quantization/byte_budget.py). Calibration sees the
-batches that the run's own calibration saw, the scores are in float32 over the whole validation split. One rounding is
-one draw of noise that moves the score as much as the quantisers differ, so each figure is the mean over `DRAWS` step
-scales around the one that fits; bytes are those of the middle one.
+made to fit B within `NEAR`; "+ budget" chooses each tensor's step instead (quantization/byte_budget.py). Calibration
+sees the batches that the run's own calibration saw, the scores are in float32 over the whole validation split. One
+rounding is one draw of noise that moves the score as much as the quantisers differ, so each figure is the mean over
+`DRAWS` step scales around the one that fits; bytes are those of the middle one.
 """
 
 import argparse
@@ -18,11 +18,14 @@ from pathlib import Path
 import torch
 
 from pgolf.artifact import write_artifact
+from pgolf.artifact.model import load_weights
 from pgolf.data.dataset import open_dataset, training_loader
 from pgolf.evaluation.scoring import evaluate
 from pgolf.model import Model, ModelConfig
-from pgolf.quantization.byte_budget import PROBE_ROWS, clip_of, measure_rises
-from pgolf.quantization.quantize import collect_hessians, load_weights, quantize, quantize_to_size
+from pgolf.quantization.byte_budget import PROBE_ROWS, measure_rises
+from pgolf.quantization.calibration import collect_hessians
+from pgolf.quantization.config import QuantizationConfig
+from pgolf.quantization.quantize import quantize, quantize_to_size
 from pgolf.quantization.quantizers import QUANTIZERS
 from pgolf.run.saved_settings import read_settings
 from pgolf.runtime.ranks import launch
@@ -45,11 +48,7 @@ def rows_of(folder: Path, ranks, work: Path):
     data = open_dataset(settings, ranks)
     config = ModelConfig.of(settings)
     model = Model(config, torch.float32)
-    model.load_state_dict(state["model"])
-    if state["average"] and state["average"]["updates"]:
-        with torch.no_grad():
-            for parameter, average in zip(model.parameters(), state["average"]["average"], strict=True):
-                parameter.copy_(average)
+    model.load_state_dict(dict(checkpoint.weights(folder)))
     model.to(ranks.device)
 
     def batches():
@@ -80,8 +79,8 @@ def rows_of(folder: Path, ranks, work: Path):
     base = bpb(model)
     wanted = None
     for name in sorted(VARIANTS, key=lambda name: name != "gptq"):  # gptq says how many bytes
-        chosen = settings.model_copy(update=VARIANTS[name])
-        clips = {key: clip_of(key, chosen) for key in hessians}
+        chosen = QuantizationConfig.of(settings.model_copy(update=VARIANTS[name]))
+        clips = {key: chosen.clip_of(key) for key in hessians}
         begin = time.perf_counter()
         tensors = quantize(model, hessians, chosen, clips)
         seconds = time.perf_counter() - begin
@@ -90,7 +89,7 @@ def rows_of(folder: Path, ranks, work: Path):
         while abs(size / wanted - 1) > NEAR:
             coded = sum(p.numel() for key, p in model.named_parameters() if key in hessians)
             scale *= 2 ** (8 * (size - wanted) / coded)
-            clips = {key: scale * clip_of(key, chosen) for key in hessians}
+            clips = {key: scale * chosen.clip_of(key) for key in hessians}
             size = write(quantize(model, hessians, chosen, clips)).total
         yield name, size, scale, seconds, base, mean_bpb(chosen, clips)
         if name not in BUDGETED:

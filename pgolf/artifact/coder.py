@@ -26,13 +26,13 @@ each other. Floats are one strip, if there are any.
 So that decoding takes time in proportion to the bytes, zeros fill a payload up: a static one of n values to
 (n - 65536) / 64 bytes, a stream of n binary decisions to (n - 2^14) / 32, floats' to (n - 2^20) / 32.
 
-Binary arithmetic coding (mix, floats, static's tables): `csrc/coder/range_coder.h`. A 32-bit range starts at 2^32 - 1; a 1 of
-probability p / 65536 takes the lower (range >> 16) · p of it; below 2^24 it is shifted up by 8 bits. Up to four zeros
-at the end are left out. Mix: one stream a strip, the model in `csrc/coder/mix_model.h` and `csrc/coder/mixer.h`, its tables in
-`csrc/coder/logistic.cpp`; floats: `csrc/coder/float_coder.cpp`. Static: three bytes with the length of the coded tables, these
-(each frequency's length in bits in an adaptive tree of 4 bits, then its bits; frequencies of one tensor add up to 2^14;
-with a trellis a table for each quantiser), then eight states of 4 bytes that take turns from the first value of every
-plane, and 2-byte words that refill a state when it falls below 2^16; all states end at 2^16.
+Binary arithmetic coding (mix, floats, static's tables): `csrc/coder/range_coder.h`. A 32-bit range starts at 2^32 - 1;
+a 1 of probability p / 65536 takes the lower (range >> 16) · p of it; below 2^24 it is shifted up by 8 bits. Up to four
+zeros at the end are left out. Mix: one stream a strip, the model in `csrc/coder/mix_model.h` and `csrc/coder/mixer.h`,
+its tables in `csrc/coder/logistic.cpp`; floats: `csrc/coder/float_coder.cpp`. Static: three bytes with the length of
+the coded tables, these (each frequency's length in bits in an adaptive tree of 4 bits, then its bits; frequencies of
+one tensor add up to 2^14; with a trellis a table for each quantiser), then eight states of 4 bytes that take turns from
+the first value of every plane, and 2-byte words that refill a state when it falls below 2^16; all states end at 2^16.
 """
 
 import math

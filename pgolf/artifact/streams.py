@@ -1,8 +1,8 @@
 """The streams of an artifact: arrays of one or more tensors as one blob of `pgolf.artifact.coder`, and back.
 
-Which arrays a stream holds is told in `pgolf/artifact/manifest.py`, and computed by `manifest.streams_of`. Decoding checks that
-a blob holds arrays of exactly the shapes and widths that the manifest demands before anything is allocated for them;
-what is wrong is a ValueError of one line.
+Which arrays a stream holds is told in `pgolf/artifact/manifest.py`, and computed by `manifest.streams_of`. Decoding
+checks that a blob holds arrays of exactly the shapes and widths that the manifest demands before anything is allocated
+for them; what is wrong is a ValueError of one line.
 """
 
 import math

@@ -109,8 +109,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     import torch
 
     from pgolf.artifact import VERSION, read_artifact
+    from pgolf.artifact.model import model_from_artifact
     from pgolf.evaluation.stored_scoring import scoring_of
-    from pgolf.quantization.quantize import model_from_artifact
 
     path = _path(arguments.file)
     artifact = read_artifact(path)

@@ -26,12 +26,12 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from pgolf.artifact import read_artifact
+    from pgolf.artifact.model import model_from_artifact
     from pgolf.data.dataset import check_origin, validation_split
     from pgolf.data.tokenizer import Tokenizer
     from pgolf.evaluation.ngram import evaluate_ngram
     from pgolf.evaluation.scoring import evaluate
     from pgolf.model.attention import choose_attention
-    from pgolf.quantization.quantize import model_from_artifact
     from pgolf.run.saved_settings import read_settings
     from pgolf.runtime.machine import compute_dtype
     from pgolf.runtime.ranks import launch

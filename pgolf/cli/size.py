@@ -52,16 +52,21 @@ def _exact(path: Path, as_json: bool) -> int:
 
 
 def _projected(arguments: argparse.Namespace) -> int:
-    from pgolf.quantization.size import projected_size, weights_of_run
+    from pgolf.model import ModelConfig
+    from pgolf.quantization.size import projected_size
     from pgolf.run.saved_settings import read_settings
     from pgolf.settings import load_settings
+    from pgolf.training import checkpoint
 
     if arguments.target:
         folder = Path(arguments.target)
         if not (folder / "settings.json").is_file():
             raise UserError(f"{folder}: no run there; name the folder of one")
         settings = read_settings(folder / "settings.json")
-        result = projected_size(settings, weights_of_run(folder, settings))
+        weights = checkpoint.weights(folder)
+        if {name: tuple(tensor.shape) for name, tensor in weights} != ModelConfig.of(settings).shapes():
+            raise UserError(f"{folder}: its checkpoint is not of the model that its settings.json describes")
+        result = projected_size(settings, weights)
     else:
         settings = load_settings({**os.environ, "PRESET": arguments.preset} if arguments.preset else None)
         result = projected_size(settings)

@@ -1,7 +1,7 @@
 """A causal n-gram cache: what a stream has said so far, mixed with a model's probability of what it says next.
 
-Algorithm, layout and prefetching: csrc/ngram/ngram_counts.h, csrc/ngram/ngram_mix.h, csrc/ngram/hint_counts.h. `score` looks ahead in its
-argument to fetch memory, never to compute. One thread; the interpreter's lock is released.
+Algorithm, layout and prefetching: csrc/ngram/ngram_counts.h, csrc/ngram/ngram_mix.h, csrc/ngram/hint_counts.h. `score`
+looks ahead in its argument to fetch memory, never to compute. One thread; the interpreter's lock is released.
 """
 
 from collections.abc import Sequence

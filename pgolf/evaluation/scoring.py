@@ -75,8 +75,8 @@ def evaluate(
 
         nats = Σ_t -ln p(token_t | the tokens before it in its window),   bpb = nats / ln 2 / Σ_t bytes of token_t
 
-    The windows are those of pgolf/evaluation/windows.py, which ranks share; the result is the same for every number of ranks, up
-    to the order in which float64 numbers are added.
+    The windows are those of pgolf/evaluation/windows.py, which ranks share; the result is the same for every number of
+    ranks, up to the order in which float64 numbers are added.
 
     Args:
         model: a `pgolf.model.Model`, on any device.

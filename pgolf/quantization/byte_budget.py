@@ -33,10 +33,9 @@ import torch
 from torch import Tensor
 
 from pgolf.data.batch import MicroBatch
-from pgolf.model import Model, role_of
-from pgolf.quantization.quantizers import QUANTIZERS, Quantized
+from pgolf.model import Model
+from pgolf.quantization.config import QuantizationConfig
 from pgolf.runtime.ranks import Ranks
-from pgolf.settings import Settings
 
 MOST_CODINGS = 4
 MOST_SHRINKINGS = 4  # more codings where all of those were over, before the least possible file
@@ -70,39 +69,14 @@ class Fit:
     fits: bool  # whether `total` is at most the target
 
 
-def clip_of(name: str, settings: Settings) -> float:
-    """The settings' clip_sigmas of a parameter, by its role."""
-    return clip_of_role(role_of(name), settings)
-
-
-def clip_of_role(role: str, settings: Settings) -> float:
-    own = {
-        "embedding": settings.embed_clip_sigmas,
-        "attention": settings.attn_clip_sigmas,
-        "mlp": settings.mlp_clip_sigmas,
-    }
-    return own[role] or settings.matrix_clip_sigmas
-
-
-def bits_of(name: str, settings: Settings) -> int:
-    """The settings' bits of a parameter, by its role."""
-    return bits_of_role(role_of(name), settings)
-
-
-def bits_of_role(role: str, settings: Settings) -> int:
-    own = {"embedding": settings.embed_bits, "attention": settings.attn_bits, "mlp": settings.mlp_bits}
-    return own[role] or settings.matrix_bits
-
-
-def quantized_names(model: Model, settings: Settings) -> list[str]:
+def quantized_names(model: Model, config: QuantizationConfig) -> list[str]:
     """The parameters that QUANTIZER stores; the others are float16."""
-    names = [name for name, _ in model.named_parameters() if role_of(name) != "control"]
-    return [name for name in names if bits_of(name, settings) < 16]
+    return [name for name, _ in model.named_parameters() if config.bits_of(name) < 16]
 
 
 @torch.inference_mode()
 def measure_rises(
-    model: Model, hessians: dict[str, Tensor], rows: Iterable[MicroBatch], settings: Settings, ranks: Ranks
+    model: Model, hessians: dict[str, Tensor], rows: Iterable[MicroBatch], config: QuantizationConfig, ranks: Ranks
 ) -> dict[str, float]:
     """R_i by name: what quantising each tensor adds to the mean loss of `rows`."""
     device = next(model.parameters()).device
@@ -114,25 +88,17 @@ def measure_rises(
         ranks.sum_(total)
         return (total[0] / total[1]).item()
 
-    base, rises, names = mean_loss(), {}, quantized_names(model, settings)
+    base, rises, names = mean_loss(), {}, quantized_names(model, config)
     for name, parameter in model.named_parameters():
         if name in names:
             kept = parameter.detach().clone()
-            found = quantize_tensor(name, kept.float().cpu(), hessians, settings, PROBE * clip_of(name, settings))
+            found = config.quantize(name, kept.float().cpu(), hessians, PROBE * config.clip_of(name))
             parameter.copy_(found.dequantize())
             rises[name] = (mean_loss() - base) / PROBE**2
             parameter.copy_(kept)
     # A tensor whose rounding seems to help is one whose effect drowns in noise: take it for the least of the others.
     least = min((rise for rise in rises.values() if rise > 0), default=1.0)
     return {name: rise if rise > 0 else least for name, rise in rises.items()}
-
-
-def quantize_tensor(
-    name: str, weight: Tensor, hessians: dict[str, Tensor], settings: Settings, clip_sigmas: float
-) -> Quantized:
-    """A parameter by the settings' quantiser."""
-    hessian = hessians[name] if weight.ndim == 3 else hessians[name][0]
-    return QUANTIZERS[settings.quantizer](weight, hessian, bits_of(name, settings), clip_sigmas, settings.gptq_damping)
 
 
 class Rate:

@@ -6,8 +6,7 @@ follows its deviation.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,10 @@ from torch import Tensor
 from pgolf.artifact import coder, read_artifact
 from pgolf.artifact.manifest import ROLES
 from pgolf.artifact.packed_code import code_bytes, raw_code_bytes
-from pgolf.errors import UserError
 from pgolf.model import ModelConfig, role_of
-from pgolf.quantization.byte_budget import bits_of, bits_of_role, clip_of, clip_of_role
+from pgolf.quantization.config import QuantizationConfig
 from pgolf.quantization.quantizers import QUANTIZERS
-from pgolf.run.record import Run
 from pgolf.settings import Settings
-from pgolf.training import checkpoint
 
 Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
 
@@ -52,7 +48,7 @@ def entropy_bits(bits: int, clip_sigmas: float) -> float:
     return total
 
 
-def projected_bytes(parameters: Iterable[tuple[str, Tensor]], settings: Settings) -> dict[str, int]:
+def projected_bytes(parameters: Iterable[tuple[str, Tensor]], config: QuantizationConfig) -> dict[str, int]:
     """Bytes by role of the file that float parameters, by name, will make at the settings' steps; without corrections.
 
     Takes rows of at most `SAMPLE_VALUES` weights a tensor to the CPU and codes them: a tenth of a second.
@@ -63,39 +59,38 @@ def projected_bytes(parameters: Iterable[tuple[str, Tensor]], settings: Settings
         role = role_of(name)
         if role == "control":
             small.append(parameter.detach().cpu().half())
-        elif bits_of(name, settings) == 16:
+        elif config.bits_of(name) == 16:
             size[role] += 2.0 * parameter.numel()
         elif parameter.numel():
-            size[role] += _tensor_bytes(name, parameter.detach(), settings)
+            size[role] += _tensor_bytes(name, parameter.detach(), config)
     size["control"] += len(coder.encode_floats(small))
     return {**{role: round(value) for role, value in size.items()}, "container": CONTAINER_BYTES}
 
 
-def _tensor_bytes(name: str, parameter: Tensor, settings: Settings) -> float:
+def _tensor_bytes(name: str, parameter: Tensor, config: QuantizationConfig) -> float:
     """Values, scales and order of a parameter (..., rows, columns), from a sample of its rows."""
     rows = parameter.reshape(-1, parameter.shape[-1])
     every = -(-rows.numel() // SAMPLE_VALUES)
     sample = rows[every // 2 :: every].float().cpu()
-    bits, clip_sigmas = bits_of(name, settings), clip_of(name, settings)
-    found = QUANTIZERS["rtn"](sample, torch.empty(0), bits, clip_sigmas, settings.gptq_damping)
-    values = len(coder.encode(found.values, settings.artifact_coder))
+    found = QUANTIZERS["rtn"](sample, torch.empty(0), config.bits_of(name), config.clip_of(name), config.damping)
+    values = len(coder.encode(found.values, config.coder))
     scales = len(coder.encode_floats([found.scale]))
-    factor = 1.0 if role_of(name) == "embedding" else QUANTIZER_BYTES[settings.quantizer]
+    factor = 1.0 if role_of(name) == "embedding" else QUANTIZER_BYTES[config.quantizer]
     matrices = parameter.numel() // math.prod(parameter.shape[-2:])
-    order = matrices * parameter.shape[-1] / 4 if settings.quantizer == "trellis" else 0.0
+    order = matrices * parameter.shape[-1] / 4 if config.quantizer == "trellis" else 0.0
     return (factor * values + scales) * len(rows) / len(sample) + order
 
 
-def gaussian_bytes(settings: Settings) -> dict[str, int]:
-    """The same without weights: Gaussian rows, scales and small parameters at 16 bits."""
+def gaussian_bytes(shapes: Mapping[str, tuple[int, ...]], config: QuantizationConfig) -> dict[str, int]:
+    """The same without weights, from shapes by name: Gaussian rows, scales and small parameters at 16 bits."""
     size: dict[str, float] = dict.fromkeys(ROLES, 0.0)
-    for name, shape in ModelConfig.of(settings).shapes().items():
-        role, count = role_of(name), math.prod(shape)
-        if role == "control" or bits_of_role(role, settings) == 16:
+    for name, shape in shapes.items():
+        role, count, stored_bits = role_of(name), math.prod(shape), config.bits_of(name)
+        if stored_bits == 16:
             size[role] += 2.0 * count
             continue
-        bits = entropy_bits(bits_of_role(role, settings), clip_of_role(role, settings))
-        factor = 1.0 if role == "embedding" else QUANTIZER_BYTES[settings.quantizer]
+        bits = entropy_bits(stored_bits, config.clip_of(name))
+        factor = 1.0 if role == "embedding" else QUANTIZER_BYTES[config.quantizer]
         size[role] += factor * bits * count / 8 + 2.0 * count / shape[-1]
     return {**{role: round(value) for role, value in size.items()}, "container": CONTAINER_BYTES}
 
@@ -107,18 +102,18 @@ def projected_size(
 
     ARTIFACT_BYTES, where set, is what the run fills, whatever the settings' steps would make.
     """
-    config = ModelConfig.of(settings)
+    model, config = ModelConfig.of(settings), QuantizationConfig.of(settings)
     counts: dict[str, int] = {}
-    for name, shape in config.shapes().items():
+    for name, shape in model.shapes().items():
         counts[role_of(name)] = counts.get(role_of(name), 0) + math.prod(shape)
-    by_role = gaussian_bytes(settings) if parameters is None else projected_bytes(parameters, settings)
+    by_role = gaussian_bytes(model.shapes(), config) if parameters is None else projected_bytes(parameters, config)
     code = code_bytes() if code is None else code
     at_clip_sigmas = sum(by_role.values())
     artifact = settings.artifact_bytes or at_clip_sigmas
     return {
         "preset": settings.preset,
         "from_weights": parameters is not None,
-        "parameters": config.parameters(),
+        "parameters": model.parameters(),
         "parameters_by_role": counts,
         "projected_bytes_by_role": by_role,
         "projected_bytes_at_clip_sigmas": at_clip_sigmas,
@@ -131,40 +126,37 @@ def projected_size(
     }
 
 
-def project(run: Run, parameters: Parameters, settings: Settings, code: int) -> None:
-    """Tell a run what its artifact is going to take, from the weights that it has now; on the first rank."""
-    if not run.ranks.first:
-        return
-    begin = time.perf_counter()
-    size = projected_size(settings, parameters(), code)
-    run.note(projected_artifact_bytes=size["projected_artifact_bytes"])
-    left = size["budget_bytes"] - size["projected_total_bytes"]
-    remedy = "ARTIFACT_BYTES is too large" if settings.artifact_bytes else "larger steps will be chosen"
-    verdict = f"left: {left}" if left >= 0 else f"over by {-left}: {remedy}"
-    run.log(
-        f"projected artifact:{size['projected_artifact_bytes']} with code:{size['projected_total_bytes']} "
-        f"of {size['budget_bytes']} bytes, {verdict}; took {1000 * (time.perf_counter() - begin):.0f}ms"
-    )
+class SizeProjection:
+    """What a run's artifact is going to take, from the weights that the run had when `make` was called."""
 
+    def __init__(self, parameters: Parameters, settings: Settings, code_bytes: int):
+        self.parameters, self.settings, self.code_bytes = parameters, settings, code_bytes
+        self.artifact_bytes: int | None = None  # not made yet
 
-def will_be_fitted(summary: dict[str, Any], settings: Settings, code: int) -> bool:
-    """Whether steps are going to be chosen by bytes, by what was projected: what to measure while there is time."""
-    projected = summary["projected_artifact_bytes"] or 0
-    return settings.artifact_bytes > 0 or projected + code > NEAR_BUDGET * settings.budget_bytes
+    def make(self) -> str:
+        """Project, and say in a line what came of it."""
+        settings = self.settings
+        size = projected_size(settings, self.parameters(), self.code_bytes)
+        self.artifact_bytes = size["projected_artifact_bytes"]
+        left = size["budget_bytes"] - size["projected_total_bytes"]
+        remedy = "ARTIFACT_BYTES is too large" if settings.artifact_bytes else "larger steps will be chosen"
+        verdict = f"left: {left}" if left >= 0 else f"over by {-left}: {remedy}"
+        return (
+            f"projected artifact:{self.artifact_bytes} with code:{size['projected_total_bytes']} "
+            f"of {size['budget_bytes']} bytes, {verdict}"
+        )
 
+    @property
+    def near_budget(self) -> bool:
+        """Whether steps are going to be chosen by bytes: what to measure while there is time."""
+        settings, total = self.settings, (self.artifact_bytes or 0) + self.code_bytes
+        return settings.artifact_bytes > 0 or total > NEAR_BUDGET * settings.budget_bytes
 
-def projection_error(summary: dict[str, Any], artifact_bytes: int) -> str:
-    projected = summary["projected_artifact_bytes"]
-    told = f"projected:{projected}, off by {projected / artifact_bytes - 1:+.2%}" if projected else "not projected"
-    return f"artifact:{artifact_bytes} bytes, {told}"
-
-
-def weights_of_run(folder: Path, settings: Settings) -> list[tuple[str, Tensor]]:
-    """The parameters in a run's newest checkpoint by name: their moving average where there is one."""
-    weights = checkpoint.weights(folder)
-    if {name: tuple(tensor.shape) for name, tensor in weights} != ModelConfig.of(settings).shapes():
-        raise UserError(f"{folder}: its checkpoint is not of the model that its settings.json describes")
-    return weights
+    def error(self, artifact_bytes: int) -> str:
+        """How far off it was from the `artifact_bytes` of the file, in a line."""
+        made = self.artifact_bytes
+        told = f"projected:{made}, size prediction error {made / artifact_bytes - 1:+.2%}" if made else "not projected"
+        return f"artifact:{artifact_bytes} bytes, {told}"
 
 
 def size_of_artifact(path: Path, budget_bytes: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from pgolf.runtime.versions import git_commit, versions
 from pgolf.settings import PRESETS, Settings, given_settings, load_settings
 from pgolf.training import checkpoint
 from pgolf.training.checkpoint import CHECKPOINT
+from pgolf.training.recorder import Diverged, Ended
 
 # In the order of the documentation; unknown until measured, so that an interrupted run's summary has every field.
 SUMMARY_FIELDS = (  # noqa: SIM905
@@ -50,24 +51,6 @@ MEASURED = (  # noqa: SIM905
     "started_at command train_seconds step_ms tflop_per_s mfu peak_memory_bytes checkpoints checkpoint_seconds "
     "recompilations seconds wallclock_used_seconds within_wallclock within_eval"
 ).split()
-
-
-class Ended(PgolfError):
-    """A rule ended the run. It ends with `status`, its summary written, in which the field `name` is true."""
-
-    name, status = "", 0
-
-
-class Aborted(Ended):
-    """The early validation was worse than ABORT_BPB."""
-
-    name, status = "aborted", 3
-
-
-class Diverged(Ended):
-    """Loss or weights are not finite any more."""
-
-    name, status = "diverged", 5
 
 
 OVER_BUDGET = 4  # status of a run that is whole, but larger or slower than it was allowed to be

@@ -1,8 +1,8 @@
 """Muon: each matrix moves along the orthogonalised Nesterov momentum of its gradient.
 
-On several ranks each matrix has one owner (pgolf/training/sharding.py), which alone keeps its momentum. Gradients reach the
-owners by reduce-scatter, costliest shape first; while the next shape is orthogonalised, the updates of the last travel
-to all ranks, in the dtype of the iteration, so that every rank adds the same bits. The ranks' gradients add up.
+On several ranks each matrix has one owner (pgolf/training/sharding.py), which alone keeps its momentum. Gradients reach
+the owners by reduce-scatter, costliest shape first; while the next shape is orthogonalised, the updates of the last
+travel to all ranks, in the dtype of the iteration, so that every rank adds the same bits. The ranks' gradients add up.
 """
 
 import math

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pgolf.model import role_of
 from pgolf.ops.gptq import SMALLEST_SCALE, row_deviation
-from pgolf.quantization.byte_budget import clip_of_role
+from pgolf.quantization.config import QuantizationConfig
 from pgolf.settings import Settings
 
 SOFTEST, SHARPEST = 1.0, 16.0
@@ -29,7 +29,7 @@ class FakeQuantize:
     def __init__(self, settings: Settings, device: torch.device):
         self.limit = 2 ** (settings.matrix_bits - 1) - 1
         self.soft = settings.qat == "soft_round"
-        self.clip_sigmas = {role: clip_of_role(role, settings) for role in ("attention", "mlp")}
+        self.clip_sigmas = QuantizationConfig.of(settings).clip_sigmas
         self.sharpness = torch.full((), SOFTEST, device=device)
 
     def set_progress(self, fraction: float) -> None:

@@ -7,7 +7,7 @@ so that only the ends of short strings are padded.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -330,22 +330,3 @@ def least_possible(shapes: Sequence[Shape], world_size: int, steps: int = 5) -> 
         grain = math.gcd(*largest)
         together.append(-(-sum(largest) // (world_size * grain)) * grain)
     return max(sum(costs) / world_size, *together)
-
-
-def balance_table(shapes: Sequence[Shape], world_sizes: Iterable[int] = range(1, 17), steps: int = 5) -> str:
-    """For each number of ranks: GFLOPs a rank, the busiest over the mean, the least any assignment could reach, what
-    bank by bank padded to the number of ranks would cost, and the padding of the buffers that travel."""
-    lines = ["| ranks | GFLOP a rank, least to most | most / mean | bound | bank by bank, padded | bytes padded |"]
-    lines.append("|---:|---:|---:|---:|---:|---:|")
-    elements = sum(math.prod(shape) for shape in shapes)
-    for world_size in world_sizes:
-        work = loads(shapes, world_size, steps)
-        mean = sum(work) / world_size
-        padded = sum(-(-shape[0] // world_size) * cost(shape, steps) for shape in shapes)
-        travelling = Plan(shapes, world_size, steps).length * world_size
-        lines.append(
-            f"| {world_size} | {min(work) / 1e9:.1f} to {max(work) / 1e9:.1f} | {max(work) / mean:.4f} "
-            f"| {least_possible(shapes, world_size, steps) / mean:.4f} | {padded / mean:.3f} "
-            f"| {100 * (travelling / elements - 1):.1f}% |"
-        )
-    return "\n".join(lines)

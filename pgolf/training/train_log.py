@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pgolf.run.record import Run
 from pgolf.runtime.clock import Stopwatch
 from pgolf.settings import Settings
+from pgolf.training.recorder import Recorder
 
 FIRST_STEPS = 10  # each is logged
 DIVERGED_STEPS = 10  # so many losses in a row that are not finite: the weights are lost
@@ -18,7 +18,7 @@ DIVERGED_STEPS = 10  # so many losses in a row that are not finite: the weights 
 class TrainLog:
     """Of the first steps and every TRAIN_LOG_EVERY-th. The loss of every step is looked at."""
 
-    def __init__(self, run: Run, settings: Settings, watch: Stopwatch):
+    def __init__(self, run: Recorder, settings: Settings, watch: Stopwatch):
         self.run, self.settings, self.watch = run, settings, watch
         self.waiting: deque[tuple[int, Tensor, float, Any]] = deque()
         self.lost = 0  # steps on end whose loss was not finite, up to the last one that is known

@@ -18,7 +18,6 @@ from pgolf.data.tokenizer import ByteTable
 from pgolf.errors import Interrupted, ScoreError, UserError
 from pgolf.evaluation.scoring import Score
 from pgolf.model import Model
-from pgolf.run.record import Aborted, Diverged, Run
 from pgolf.runtime.clock import Clock, Stopwatch
 from pgolf.runtime.machine import allow_compilations, compilations
 from pgolf.runtime.ranks import LostProcess, Ranks
@@ -30,6 +29,7 @@ from pgolf.training.checkpoint_writer import CheckpointWriter
 from pgolf.training.losses import TrainingLoss
 from pgolf.training.optim import make_optimisers
 from pgolf.training.qat import FakeQuantize
+from pgolf.training.recorder import Aborted, Diverged, Recorder
 from pgolf.training.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
 from pgolf.training.train_log import DIVERGED_STEPS, TrainLog
 from pgolf.training.utilisation import flops_per_token, performance
@@ -47,7 +47,7 @@ class Trainer:
         loader: Loader,
         settings: Settings,
         ranks: Ranks,
-        run: Run,
+        run: Recorder,
         byte_table: ByteTable | None = None,  # for BYTE_WEIGHTED_LOSS
     ):
         self.model, self.loader, self.settings, self.ranks, self.run = model, loader, settings, ranks, run

@@ -66,7 +66,7 @@ def model():
 
 
 def read_by_description(data):
-    """Another program's reader: the coder, and for all else the docstrings of pgolf.artifact.file and pgolf.artifact.manifest."""
+    """Another program's reader: the coder, and for all else the docstrings of file.py and manifest.py."""
     assert data[:8] == bytes.fromhex("8950474f4c460d0a")
     version, stored_size, size, crc = struct.unpack_from("<IIII", data, 8)
     text = data[24 : 24 + stored_size]

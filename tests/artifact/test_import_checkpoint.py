@@ -12,10 +12,10 @@ from small_trainer import make_trainer
 
 from pgolf.artifact import read_artifact
 from pgolf.artifact.import_checkpoint import convert, read_state, weight_map
+from pgolf.artifact.model import model_from_artifact
 from pgolf.cli import main
 from pgolf.errors import DataError
 from pgolf.model import Model, ModelConfig
-from pgolf.quantization.quantize import model_from_artifact
 from pgolf.runtime.torch_file import load_plain
 from pgolf.settings import load_settings
 

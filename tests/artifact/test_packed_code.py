@@ -69,8 +69,9 @@ def test_the_unpacked_archive_runs(tmp_path):
 import torch, pgolf, train_gpt
 from pgolf.ops import pack_bits
 from pgolf.settings import load_settings
-from pgolf.quantization.size import gaussian_bytes
-print(pgolf.__file__, train_gpt.__file__, sum(gaussian_bytes(load_settings({"PRESET": "demo"})).values()))
+from pgolf.quantization.size import projected_size
+size = projected_size(load_settings({"PRESET": "demo"}))
+print(pgolf.__file__, train_gpt.__file__, size["projected_bytes_at_clip_sigmas"])
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("resource")
-from bench.studies import attack  # noqa: E402
-from bench.studies.attacks import artifacts, coverage, outcomes  # noqa: E402
+from bench.studies import attack
+from bench.studies.attacks import artifacts, coverage, outcomes
 
 
 def test_outcomes_of_a_process_that_dies(capfd):

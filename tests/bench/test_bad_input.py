@@ -30,7 +30,8 @@ LONG = (
 def test_bad_input_of_many_kinds_is_refused(tmp_path):
     numbers = [number for number, name in enumerate(KINDS) if not name.startswith(LONG)][::5]
     assert len(numbers) > 20
-    work = f"from pathlib import Path; from bench.studies.attacks.bad_input import attempts; attempts(Path.cwd(), {numbers})"
+    start = "from pathlib import Path; from bench.studies.attacks.bad_input import attempts"
+    work = f"{start}; attempts(Path.cwd(), {numbers})"
     done = subprocess.run(
         [sys.executable, "-c", work],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

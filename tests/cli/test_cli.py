@@ -12,6 +12,7 @@ from pgolf.cli import main
 from pgolf.errors import PgolfError
 from pgolf.evaluation.stored_scoring import scoring_of
 from pgolf.model import Model, ModelConfig, role_of
+from pgolf.quantization.config import QuantizationConfig
 from pgolf.quantization.size import entropy_bits, projected_bytes
 from pgolf.runtime.files import write_json
 from pgolf.settings import PRESETS, load_settings
@@ -61,7 +62,9 @@ def test_size_from_the_weights_that_training_saved(tmp_path, capsys, average):
     assert main(["size", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["from_weights"] is True
-    assert result["projected_bytes_by_role"] == projected_bytes(trainer.model.named_parameters(), trainer.settings)
+    assert result["projected_bytes_by_role"] == projected_bytes(
+        trainer.model.named_parameters(), QuantizationConfig.of(trainer.settings)
+    )
     write_json(tmp_path / "settings.json", {**trainer.settings.model_dump(), "num_layers": 4})
     (tmp_path / "other").mkdir()
     for folder, named in ((tmp_path, "not of the model that its settings.json"), (tmp_path / "other", "no run there")):

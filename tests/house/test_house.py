@@ -43,26 +43,50 @@ def imports_of(path: Path) -> set[str]:
 GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
 
 
+BASE = {"errors", "settings", "presets", "setting_rules", "community_names"}  # modules that every folder may import
+MAY_IMPORT = {  # a folder of pgolf/ -> the others that it may import from
+    "triton_kernels": set(),
+    "ops": {"triton_kernels", "_native", "errors"},
+    "runtime": {"ops", "errors"},
+    "model": {"ops", *BASE},
+    "data": {"runtime", *BASE},
+    "artifact": {"ops", "model", "runtime", *BASE},
+    "evaluation": {"ops", "model", "data", "runtime", *BASE},
+    "quantization": {"ops", "model", "data", "artifact", "runtime", *BASE},
+    "training": {"ops", "model", "data", "evaluation", "quantization", "runtime", *BASE},
+    "run": {"ops", "evaluation", "training", "runtime", *BASE},
+}
+ABOVE_ALL = {"cli", "__main__"}
+FULLEST_FOLDER = {"ops": 22, "model": 22}  # files; 15 elsewhere
+
+
 def room(name: str) -> str:
-    for prefix in ("pgolf.ops", "pgolf.triton_kernels", "pgolf._native", "pgolf.errors"):
-        if name == prefix or name.startswith(prefix + "."):
-            return prefix
-    return "pgolf"
+    """The folder of pgolf/ that a module lies in, or the module itself where it lies in none."""
+    return name.split(".")[1] if "." in name else "pgolf"
 
 
 @pytest.mark.parametrize("name", sorted(GRAPH))
 def test_imports_run_one_way(name):
-    allowed = {
-        "pgolf.triton_kernels": {"pgolf.triton_kernels"},
-        "pgolf.ops": {"pgolf.ops", "pgolf.triton_kernels", "pgolf._native", "pgolf.errors"},
-        "pgolf.errors": set(),  # so that everybody may
-        "pgolf": {"pgolf", "pgolf.ops", "pgolf.errors"},
-    }[room(name)]
+    here = room(name)
+    allowed = MAY_IMPORT.get(here, BASE) | {here}
+    if here in ABOVE_ALL or name == "pgolf":
+        return
     # The doctor and the build report look at the native module itself; nobody computes with it there.
-    if name == "pgolf.runtime.doctor":
-        allowed = allowed | {"pgolf._native"}
-    wrong = {other for other in GRAPH[name] if room(other) not in allowed}
+    if name in ("pgolf.runtime.doctor", "pgolf.runtime.probes"):
+        allowed |= {"_native"}
+    wrong = {other for other in GRAPH[name] if other != "pgolf" and room(other) not in allowed}
     assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_every_folder_has_its_walls_and_says_what_is_in_it():
+    for folder in sorted({path.parent for path in MODULES.values()} - {ROOT / "pgolf", ROOT / "triton_kernels"}):
+        inside = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+        assert room(module_name(folder / "__init__.py")) in MAY_IMPORT.keys() | ABOVE_ALL, folder.name
+        assert len(inside) < FULLEST_FOLDER.get(folder.name, 15), f"{folder.name} has {len(inside) + 1} files"
+        if folder.name in ("ops", "model", "attention", "cli"):  # one noun a file, or one command
+            continue
+        told = re.findall(r"^ *(\w+)  +\w", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), re.M)
+        assert sorted(told) == sorted(inside), f"{folder.name}/__init__.py"
 
 
 def test_there_are_no_circles():

@@ -14,6 +14,8 @@ from hypothesis import settings as settings_of_test
 from hypothesis import strategies as st
 
 from pgolf.artifact import StoredTensor, read_artifact, write_artifact
+from pgolf.artifact.corrections import add_corrections
+from pgolf.artifact.model import load_weights, model_from_artifact
 from pgolf.data.batch import MicroBatch
 from pgolf.errors import ArtifactError, UserError
 from pgolf.model import Model, ModelConfig, role_of
@@ -29,14 +31,9 @@ from pgolf.quantization.byte_budget import (
     fit,
     measure_rises,
 )
-from pgolf.quantization.low_rank import add_corrections, corrections
-from pgolf.quantization.quantize import (
-    load_weights,
-    model_from_artifact,
-    quantize,
-    quantize_to_size,
-    quantize_within_budget,
-)
+from pgolf.quantization.config import QuantizationConfig
+from pgolf.quantization.low_rank import corrections
+from pgolf.quantization.quantize import quantize, quantize_to_size, quantize_within_budget
 from pgolf.quantization.quantizers import QUANTIZERS
 from pgolf.quantization.size import CONTAINER_BYTES, projected_bytes
 from pgolf.runtime.ranks import Ranks
@@ -53,7 +50,7 @@ def proxy_loss(weight, approximation, hessian):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(model, Hessians, token rows, settings) of random weights."""
+    """(model, Hessians, token rows, quantization config) of random weights."""
     torch.manual_seed(0)
     settings = load_settings(
         {
@@ -76,7 +73,7 @@ def tiny():
                 x = torch.randn(count, 2 * n, n) * (torch.rand(n) + 0.2)
                 hessians[name] = x.mT @ x
     rows = [MicroBatch(torch.randint(300, (16, 31)), torch.randint(300, (16, 31))) for _ in range(2)]
-    return model, hessians, rows, settings
+    return model, hessians, rows, QuantizationConfig.of(settings)
 
 
 def test_settings_accept_exactly_the_quantizers_there_are():
@@ -88,10 +85,10 @@ def test_settings_accept_exactly_the_quantizers_there_are():
 
 
 def test_every_quantizer_makes_an_artifact_of_like_size(tiny, tmp_path):
-    model, hessians, _, settings = tiny
+    model, hessians, _, config = tiny
     sizes, losses = {}, {}
     for name in QUANTIZERS:
-        chosen = settings.model_copy(update={"quantizer": name})
+        chosen = replace(config, quantizer=name)
         tensors = quantize(model, hessians, chosen)
         path = tmp_path / f"{name}.pgolf"
         sizes[name] = write_artifact(path, tensors, {"model": model.config.as_dict()}).total
@@ -109,10 +106,10 @@ def test_every_quantizer_makes_an_artifact_of_like_size(tiny, tmp_path):
 
 
 def test_low_rank_corrections(tiny, tmp_path):
-    model, hessians, _, settings = tiny
+    model, hessians, _, config = tiny
     losses = {}
     for rank, top_k in ((0, 3), (4, 3), (4, 1), (8, 100), (64, 100)):
-        chosen = settings.model_copy(update={"quantizer": "rtn", "lqer_rank": rank, "lqer_top_k": top_k})
+        chosen = replace(config, quantizer="rtn", lqer_rank=rank, lqer_top_k=top_k)
         tensors = quantize(model, hessians, chosen)
         matrices = sum(len(p) if p.ndim == 3 else 1 for name, p in model.named_parameters() if name in hessians)
         assert len(tensors) - len(model.config.shapes()) == 2 * min(top_k, matrices) * (rank > 0)
@@ -132,7 +129,7 @@ def test_the_correction_is_the_best_of_its_rank():
     x = torch.randn(100, 24) * torch.logspace(0, 1.5, 24)
     hessian = (x.mT @ x)[None]
     nothing = StoredTensor("w", "mlp", (40, 24), torch.zeros(40, 24, dtype=torch.int8), torch.ones(40).half(), 6)
-    left, right = corrections({"w": weight}, [nothing], {"w": hessian}, settings)
+    left, right = corrections({"w": weight}, [nothing], {"w": hessian}, QuantizationConfig.of(settings))
     found = {"w": torch.zeros(40, 24)}
     add_corrections(found, {each.name: each for each in (left, right)})
     # by the theorem of Eckart and Young, what is left are the other singular values of W C
@@ -142,8 +139,8 @@ def test_the_correction_is_the_best_of_its_rank():
 
 
 def test_factors_that_do_not_fit(tiny):
-    model, hessians, _, settings = tiny
-    chosen = settings.model_copy(update={"lqer_rank": 2, "lqer_top_k": 1})
+    model, hessians, _, config = tiny
+    chosen = replace(config, lqer_rank=2, lqer_top_k=1)
     tensors = quantize(model, hessians, chosen)
     good, left, right = tensors[:-2], *tensors[-2:]
     other = Model(model.config)
@@ -178,9 +175,9 @@ def test_factors_that_do_not_fit(tiny):
     ids=str,
 )
 def test_a_described_model_is_compared_with_the_file_before_it_is_built(tiny, tmp_path, monkeypatch, changes):
-    model, hessians, _, settings = tiny
+    model, hessians, _, config = tiny
     path = tmp_path / "model.pgolf"
-    stored = quantize(model, hessians, settings.model_copy(update={"quantizer": "rtn"}))
+    stored = quantize(model, hessians, replace(config, quantizer="rtn"))
     write_artifact(path, stored, {"model": {**model.config.as_dict(), **changes}}, mode="static")
     artifact = read_artifact(path)
     monkeypatch.setattr("pgolf.quantization.quantize.Model", None)
@@ -195,8 +192,8 @@ def test_a_described_model_is_compared_with_the_file_before_it_is_built(tiny, tm
 
 
 def test_weights_that_are_not_finite_are_refused(tiny):
-    model, hessians, _, settings = tiny
-    stored = quantize(model, hessians, settings.model_copy(update={"quantizer": "rtn"}))
+    model, hessians, _, config = tiny
+    stored = quantize(model, hessians, replace(config, quantizer="rtn"))
     huge = torch.full((1, 64), 3e38)
     factors = [StoredTensor(f"qo_bank.1.{side}", "attention", (1, 64), huge, None, 32) for side in ("left", "right")]
     with pytest.raises(ArtifactError, match="the weights of qo_bank are not finite"):
@@ -204,10 +201,16 @@ def test_weights_that_are_not_finite_are_refused(tiny):
 
 
 def test_bits_and_steps_by_role(tiny):
-    model, hessians, _, settings = tiny
-    chosen = settings.model_copy(update={"mlp_bits": 4, "attn_bits": 7, "mlp_clip_sigmas": 3.0, "quantizer": "rtn"})
+    model, hessians, _, config = tiny
+    chosen = replace(
+        config,
+        quantizer="rtn",
+        bits={**config.bits, "mlp": 4, "attention": 7},
+        clip_sigmas={**config.clip_sigmas, "mlp": 3.0},
+    )
     stored = {tensor.name: tensor for tensor in quantize(model, hessians, chosen)}
-    assert (stored["up_bank"].bits, stored["qo_bank"].bits, stored["embedding"].bits) == (4, 7, settings.embed_bits)
+    bits = [stored[bank].bits for bank in ("up_bank", "qo_bank", "embedding")]
+    assert bits == [4, 7, config.bits["embedding"]]
     expected = 3.0 * model.up_bank.std(dim=-1) / 7
     torch.testing.assert_close(stored["up_bank"].scale.float(), expected.detach(), rtol=0.02, atol=0)
     with pytest.raises(UserError, match="MLP_BITS=1 must be 2 to 8, or 0"):
@@ -394,9 +397,9 @@ def test_a_target_that_cannot_be_met():
 
 
 def test_a_model_is_written_to_size(tiny, tmp_path):
-    model, hessians, rows, settings = tiny
+    model, hessians, rows, config = tiny
     before = [p.detach().clone() for p in model.parameters()]
-    rises = measure_rises(model, hessians, rows, settings, ALONE)
+    rises = measure_rises(model, hessians, rows, config, ALONE)
     assert set(rises) == set(hessians)
     assert min(rises.values()) > 0
     for kept, p in zip(before, model.parameters(), strict=True):
@@ -407,11 +410,11 @@ def test_a_model_is_written_to_size(tiny, tmp_path):
         calls.append(1)
         return write_artifact(path, tensors, {})
 
-    plain = write(quantize(model, hessians, settings)).total
+    plain = write(quantize(model, hessians, config)).total
     for share in (0.8, 1.1):
         calls.clear()
         target = round(share * plain)
-        found, cost = quantize_to_size(model, hessians, settings, rises, write, target)
+        found, cost = quantize_to_size(model, hessians, config, rises, write, target)
         assert cost.startswith(f"steps x{1 if share < 1 else 0}.")
         assert "nats a token by the model" in cost
         assert 0.999 * target <= found.total == path.stat().st_size <= target
@@ -420,37 +423,37 @@ def test_a_model_is_written_to_size(tiny, tmp_path):
 
 
 def test_a_file_over_budget_is_made_to_fit_without_rises_too(tiny, tmp_path):
-    model, hessians, _, settings = tiny
+    model, hessians, _, config = tiny
     path = tmp_path / "model.pgolf"
 
     def write(tensors):
         return write_artifact(path, tensors, {}, mode="static")
 
-    plain, code = write(quantize(model, hessians, settings)).total, 5000
-    roomy = settings.model_copy(update={"budget_bytes": plain + code})
-    assert quantize_within_budget(model, hessians, roomy, {}, write, code) is None
+    plain, code = write(quantize(model, hessians, config)).total, 5000
+
+    def within(budget_bytes, wanted=0):
+        return quantize_within_budget(model, hessians, config, {}, write, budget_bytes, code, wanted)
+
+    assert within(plain + code) is None
     assert path.stat().st_size == plain
-    tight = settings.model_copy(update={"budget_bytes": round(0.9 * plain) + code})
-    line = quantize_within_budget(model, hessians, tight, {}, write, code)
-    assert 0.999 * (tight.budget_bytes - code) <= path.stat().st_size <= tight.budget_bytes - code
-    assert f"{plain + code - tight.budget_bytes} bytes over budget at the settings' steps; steps x1." in line
+    tight = round(0.9 * plain) + code
+    line = within(tight)
+    assert 0.999 * (tight - code) <= path.stat().st_size <= tight - code
+    assert f"{plain + code - tight} bytes over budget at the settings' steps; steps x1." in line
     assert "loss not measured" in line
-    hopeless = settings.model_copy(update={"budget_bytes": 1000 + code})
-    assert "THE LEAST THAT CAN BE HAD" in quantize_within_budget(model, hessians, hopeless, {}, write, code)
+    assert "smallest achievable size" in within(1000 + code)
     assert 1000 < path.stat().st_size < 0.5 * plain
-    greedy = tight.model_copy(update={"artifact_bytes": 2 * plain})
-    line = quantize_within_budget(model, hessians, greedy, {}, write, code)
-    assert 0.999 * (tight.budget_bytes - code) <= path.stat().st_size <= tight.budget_bytes - code
+    line = within(tight, wanted=2 * plain)
+    assert 0.999 * (tight - code) <= path.stat().st_size <= tight - code
     assert f"ARTIFACT_BYTES={2 * plain} leaves too little for 5000 bytes of code; steps x1." in line
-    none = settings.model_copy(update={"budget_bytes": code})
-    assert "the code alone takes 5000 of 5000" in quantize_within_budget(model, hessians, none, {}, write, code)
+    assert "the code alone takes 5000 of 5000" in within(code)
     assert path.stat().st_size == plain
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_projection_is_within_one_per_cent(tiny, tmp_path, quantizer):
-    model, hessians, _, settings = tiny
-    chosen = settings.model_copy(update={"quantizer": quantizer})
+    model, hessians, _, config = tiny
+    chosen = replace(config, quantizer=quantizer)
     count = write_artifact(tmp_path / "model.pgolf", quantize(model, hessians, chosen), {})
     found = projected_bytes(model.named_parameters(), chosen)
     container = CONTAINER_BYTES - count.container  # a run's metadata is longer

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from pgolf.artifact import read_artifact
+from pgolf.artifact.model import model_from_artifact
 from pgolf.data.dataset import validation_split
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.errors import Interrupted
 from pgolf.evaluation.scoring import evaluate
-from pgolf.quantization.quantize import model_from_artifact
 from pgolf.run.record import SUMMARY_FIELDS, Run
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import load_settings
@@ -88,7 +88,7 @@ def test_the_size_is_known_when_the_rate_begins_to_fall(finished):
     # Of 16 kB; what does not grow with the model weighs most here.
     assert abs(summary["projected_artifact_bytes"] / summary["artifact_bytes"] - 1) < 0.05
     assert f"projected artifact:{summary['projected_artifact_bytes']} with code:" in output
-    assert f"projected:{summary['projected_artifact_bytes']}, off by " in output
+    assert f"projected:{summary['projected_artifact_bytes']}, size prediction error " in output
     assert summary["code_bytes"] < summary["code_bytes_raw"] / 3
 
 

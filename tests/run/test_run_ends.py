@@ -115,7 +115,7 @@ def test_what_is_only_a_figure_cannot_end_a_run(run, monkeypatch):
     def fails(*args, **kw):
         raise RuntimeError("no such picture\nand more")
 
-    monkeypatch.setattr("train_gpt.project", fails)
+    monkeypatch.setattr("train_gpt.SizeProjection.make", fails)
     monkeypatch.setattr("train_gpt.compressors_bpb", fails)
     monkeypatch.setattr("pgolf.run.record.write_report", fails)
     status, err, _, folder = run()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from bench.studies.balance import RECORD, balance_table
 from pgolf.runtime.ranks import Ranks
 from pgolf.training import sharding
 from pgolf.training.muon import Muon
@@ -21,7 +22,6 @@ from pgolf.training.optim import Optimisers
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-RECORD = [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)]
 BANKS = [(5, 8, 8), (7, 4, 8), (3, 16, 8), (3, 8, 16), (2, 8, 8)]  # two of one shape
 MIXED = [*BANKS, (8, 8), (12, 4)]  # matrices among the banks: banks of one
 FEW = [(1, 8, 8), (4, 8)]  # from three ranks on, some have no matrix
@@ -63,7 +63,7 @@ def test_where_greed_is_not_enough_ranks_are_filled_one_by_one(monkeypatch):
 
 
 def test_the_balance_table_has_a_line_for_each_number_of_ranks():
-    lines = sharding.balance_table(RECORD).splitlines()
+    lines = balance_table(RECORD).splitlines()
     assert len(lines) == 2 + 16
     assert lines[2 + 7].startswith("| 8 |")
 

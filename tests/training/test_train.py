@@ -11,14 +11,17 @@ import torch
 from small_trainer import make_trainer, no_score, weights
 
 from pgolf.artifact import read_artifact, write_artifact
+from pgolf.artifact.model import model_from_artifact
 from pgolf.data.batch import MicroBatch
 from pgolf.errors import ArtifactError, Interrupted, UserError
 from pgolf.evaluation.scoring import Score
-from pgolf.quantization.quantize import collect_hessians, model_from_artifact, quantize
-from pgolf.run.record import Aborted, Diverged
+from pgolf.quantization.calibration import collect_hessians
+from pgolf.quantization.config import QuantizationConfig
+from pgolf.quantization.quantize import quantize
 from pgolf.runtime.clock import Clock, Stopwatch
 from pgolf.runtime.ranks import Ranks
 from pgolf.training import trainer as train
+from pgolf.training.recorder import Aborted, Diverged
 from pgolf.training.utilisation import flops_per_token
 
 CPU = torch.device("cpu")
@@ -320,7 +323,7 @@ def test_quantised_model_scores_like_the_trained_one(trainer, tmp_path):
     t = trainer(ITERATIONS="60", WARMUP_STEPS="0", EMA_DECAY="0")
     t.train(no_score)
     hessians = collect_hessians(t.model, t.calibration_batches(), ALONE, lambda: 1e9)
-    tensors = quantize(t.model, hessians, t.settings)
+    tensors = quantize(t.model, hessians, QuantizationConfig.of(t.settings))
     assert {x.name: x.bits for x in tensors if x.scale is not None} == {
         "embedding": 8,
         "qo_bank": 6,
@@ -340,7 +343,7 @@ def test_quantised_model_scores_like_the_trained_one(trainer, tmp_path):
 def test_an_artifact_of_another_shape_is_refused(trainer, tmp_path):
     t = trainer()
     hessians = collect_hessians(t.model, t.calibration_batches(), ALONE, lambda: 1e9)
-    tensors = quantize(t.model, hessians, t.settings)
+    tensors = quantize(t.model, hessians, QuantizationConfig.of(t.settings))
     path = tmp_path / "model.pgolf"
     for metadata in (
         {},

@@ -11,8 +11,8 @@ import torch
 from small_trainer import make_trainer, no_score, weights
 
 from pgolf.errors import DataError, UserError
-from pgolf.run.record import Diverged
 from pgolf.training import checkpoint
+from pgolf.training.recorder import Diverged
 from pgolf.training.schedule import lr_scale, used_fraction
 
 

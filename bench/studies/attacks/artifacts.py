@@ -28,6 +28,7 @@ def write_good_artifact(path: Path) -> None:
 
     from pgolf.artifact import write_artifact
     from pgolf.model import Model, ModelConfig
+    from pgolf.quantization.config import QuantizationConfig
     from pgolf.quantization.quantize import quantize
     from pgolf.settings import load_settings
 
@@ -39,7 +40,9 @@ def write_good_artifact(path: Path) -> None:
         for name, bank in model.named_parameters()
     }
     scoring = {"scoring": settings.scoring, "looping": False, "tokenizer_sha256": "0" * 64}
-    write_artifact(path, quantize(model, moments, settings), {"model": model.config.as_dict(), **scoring})
+    write_artifact(
+        path, quantize(model, moments, QuantizationConfig.of(settings)), {"model": model.config.as_dict(), **scoring}
+    )
 
 
 def read_mutants(folder: Path, seed: int) -> None:
@@ -69,8 +72,8 @@ def read_and_build(path: Path) -> tuple[str, str]:
     import torch
 
     from pgolf.artifact import read_artifact
+    from pgolf.artifact.model import model_from_artifact
     from pgolf.errors import PgolfError
-    from pgolf.quantization.quantize import model_from_artifact
 
     torch.set_num_threads(1)
     try:
