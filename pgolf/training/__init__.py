@@ -8,6 +8,7 @@ losses             what training minimises
 muon               Muon
 optim              one optimizer step over all ranks
 qat                quantization-aware training
+recorder           to whom training tells what happens, and how it ends early
 schedule           what changes during training
 sharding           which rank works on which matrices
 train_log          lines and metrics about single steps
