@@ -4,8 +4,8 @@
     python -m bench.harness.results collect new.json     # -> bench/results/<device>.json
     python -m bench.harness.results render [--check]     # -> bench/RESULTS.md and the table in README.md
 
-Nothing here is typed by hand. `render --check` changes nothing and exits 1 when a page is out of date. What no file
-holds is shown as "not measured". Needs the standard library only.
+Nothing here is typed by hand. `render --check` changes nothing and exits 1 when a page is out of date. A device that no
+file is of is named as not measured. Needs the standard library only.
 """
 
 import argparse
@@ -21,6 +21,13 @@ ROW_FIELDS = ("operation", "case", "shape", "dtype", "backend", "median_ms", "by
 OPTIONAL_FIELDS = ("peak_mb",)  # on CUDA
 SMALLER_UNITS = {"GB/s": "MB/s", "TFLOP/s": "GFLOP/s"}
 README_DEVICES = {"amd-epyc-2-cores": "AMD EPYC, 2 cores", "nvidia-h200": "NVIDIA H200"}
+RUN_ROWS = (
+    "whole run of `train_gpt.py`",
+    "its score before quantisation",
+    "its score from the artifact alone",
+    "the same with the causal n-gram cache",
+    "general compressors on the same text",
+)
 README_ROWS = [  # (operation, case), and what a reader calls it
     ("pack_bits", "6 bits", "pack int6"),
     ("unpack_bits", "6 bits", "unpack int6"),
@@ -152,22 +159,43 @@ def results_page(devices: list[dict[str, Any]]) -> str:
 
 
 def readme_table(devices: list[dict[str, Any]]) -> str:
+    """What the devices of README_DEVICES measured, a column each; no column and no row without a figure."""
     by_slug = {results["slug"]: results for results in devices}
-    lines = [
-        f"| operation | {' | '.join(README_DEVICES.values())} |",
-        "|---" * (1 + len(README_DEVICES)) + "|",
+    labels = [*RUN_ROWS, *(label for _, _, label in README_ROWS)]
+    columns = {name: _readme_column(by_slug[slug]) for slug, name in README_DEVICES.items() if slug in by_slug}
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = []
+    if columns:
+        lines = [f"| operation | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        rows = zip(labels, zip(*columns.values(), strict=True), strict=True)
+        lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows if any(cells)]
+    missing = [name for name in README_DEVICES.values() if name not in columns]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    return "\n".join(lines).strip()
+
+
+def _readme_column(results: dict[str, Any]) -> list[str]:
+    run = results.get("run") or {}
+    cells = run_cells(run) if run.get("val_bpb_quantized") is not None else [""] * len(RUN_ROWS)
+    return [*cells, *(_readme_cell(results, operation, case) for operation, case, _ in README_ROWS)]
+
+
+def run_cells(run: dict[str, Any]) -> list[str]:
+    """A run's summary as the cells of RUN_ROWS; "" for what it did not measure."""
+    others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in run["compressors_bpb"].items())
+    return [
+        f"`{run['preset']}`, {run['steps']:,} steps in {number(run['train_seconds'])} s",
+        f"{run['val_bpb_float']:.4f} bpb",
+        f"**{run['val_bpb_quantized']:.4f} bpb** in {number(run['artifact_bytes'] / 1e6)} MB",
+        f"{run['val_bpb_ngram']:.4f} bpb" if run.get("val_bpb_ngram") else "",
+        f"{others} bpb" if others else "",
     ]
-    runs = [by_slug.get(slug, {}).get("run") for slug in README_DEVICES]
-    lines.append(f"| whole run of `train_gpt.py` | {' | '.join(run_line(run) for run in runs)} |")
-    for operation, case, label in README_ROWS:
-        cells = [_readme_cell(by_slug.get(slug), operation, case) for slug in README_DEVICES]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
-def run_line(run: dict[str, Any] | None) -> str:
+def run_line(run: dict[str, Any]) -> str:
     """A run's summary in a line."""
-    if not run or run.get("val_bpb_quantized") is None:
+    if run.get("val_bpb_quantized") is None:
         return "not measured"
     others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in run["compressors_bpb"].items())
     cached = f"; {run['val_bpb_ngram']:.4f} with the causal n-gram cache" if run.get("val_bpb_ngram") else ""
@@ -178,11 +206,11 @@ def run_line(run: dict[str, Any] | None) -> str:
     )
 
 
-def _readme_cell(results: dict[str, Any] | None, operation: str, case: str) -> str:
-    """The fastest backend and dtype of a case."""
-    rows = [row for row in (results or {"rows": []})["rows"] if (row["operation"], row["case"]) == (operation, case)]
+def _readme_cell(results: dict[str, Any], operation: str, case: str) -> str:
+    """The fastest backend and dtype of a case; "" where there is none."""
+    rows = [row for row in results["rows"] if (row["operation"], row["case"]) == (operation, case)]
     if not rows:
-        return "not measured"
+        return ""
     row = min(rows, key=lambda row: row["median_ms"])
     parts = [f"{number(row['median_ms'])} ms", rate(row), beside(row)]
     return f"{row['shape']} {row['dtype']}: {', '.join(part for part in parts if part)}"

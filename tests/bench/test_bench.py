@@ -100,8 +100,10 @@ def test_render_writes_pages_and_check_sees_when_they_are_old(project, capsys):
     text = readme.read_text()
     assert text.startswith("# before\n")
     assert text.endswith("\nafter\n")
-    assert "| pack int6 | 1000 values int8: 0.9 ms, 16.7 GB/s, 2x numpy | not measured |" in text  # the fastest backend
-    assert "| unpack int6 | not measured | not measured |" in text
+    assert "| pack int6 | 1000 values int8: 0.9 ms, 16.7 GB/s, 2x numpy |\n" in text  # the fastest backend
+    assert "\n\nNot measured yet: NVIDIA H200.\n" in text
+    assert "unpack int6" not in text
+    assert "train_gpt.py" not in text
     page = (project / "bench" / "RESULTS.md").read_text()
     assert "## NVIDIA H200\n\nnot measured" in page
     assert "| pack_bits | 6 bits | 1000 values | int8 | native | 1.5 | 10 GB/s | 50% | 2x numpy |" in page
@@ -112,6 +114,37 @@ def test_render_writes_pages_and_check_sees_when_they_are_old(project, capsys):
     capsys.readouterr()
     assert results.main([*render, "--check"]) == 1
     assert "README.md is out of date" in capsys.readouterr().out
+
+
+def test_the_readme_has_a_column_for_each_device_with_figures():
+    assert results.readme_table([]) == "Not measured yet: AMD EPYC, 2 cores, NVIDIA H200."
+    run = {
+        "preset": "demo",
+        "steps": 1234,
+        "train_seconds": 60.0,
+        "val_bpb_float": 1.5,
+        "val_bpb_quantized": 1.6,
+        "artifact_bytes": 2_000_000,
+        "compressors_bpb": {"xz -9e": 2.2},
+    }
+    priced = results.priced(made_up(), {"copy_gb_per_s": 10.0})
+    cpu = {"slug": "amd-epyc-2-cores", "rows": [priced]}
+    gpu = {"slug": "nvidia-h200", "run": run, "rows": [{**priced, "operation": "unpack_bits"}]}
+    stopped = {"slug": "nvidia-h200", "run": {"val_bpb_quantized": None}, "rows": []}
+    cell = "1000 values int8: 1.5 ms, 10 GB/s, 2x numpy"
+    table = results.readme_table([cpu, gpu]).splitlines()
+    assert table[0] == "| operation | AMD EPYC, 2 cores | NVIDIA H200 |"
+    assert table[2:5] == [
+        "| whole run of `train_gpt.py` |  | `demo`, 1,234 steps in 60 s |",
+        "| its score before quantisation |  | 1.5000 bpb |",
+        "| its score from the artifact alone |  | **1.6000 bpb** in 2 MB |",
+    ]
+    assert table[5:] == [
+        "| general compressors on the same text |  | xz -9e 2.200 bpb |",
+        f"| pack int6 | {cell} |  |",
+        f"| unpack int6 |  | {cell} |",
+    ]
+    assert results.readme_table([cpu, stopped]) == results.readme_table([cpu])
 
 
 def test_render_says_when_the_readme_has_no_markers(project, capsys):
