@@ -3,8 +3,8 @@ PYTHON ?= python
 FILE ?= tests
 # Of the tests: what runs in a checkout where csrc/ has not been built.
 QUICK = tests/house/test_house.py tests/house/test_guides.py tests/model tests/data \
-	tests/settings/test_settings.py tests/settings/test_community_names.py tests/evaluation/test_windows.py \
-	tests/training/test_schedule.py tests/training/test_optim.py tests/training/test_sharding.py
+	tests/settings/test_community_names.py tests/evaluation/test_windows.py \
+	tests/training/test_schedule.py tests/training/test_optim.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install test quick check format types demo bench kernels gpu
