@@ -4,7 +4,9 @@ The command line and `train_gpt.py` print the message alone and exit with status
 so whatever prints one sends it through `one_line`.
 """
 
+import contextlib
 import signal
+import sys
 
 MOST_LETTERS = 300  # of a message
 NO_MEMORY = ("OutOfMemoryError", "not enough memory", "can't allocate memory", "can't start new thread")
@@ -63,3 +65,10 @@ def one_line(message: object, most: int = MOST_LETTERS) -> str:
         return text
     end = most // 3
     return f"{text[: most - end - 3]}...{text[-end:]}"
+
+
+def complain(program: str, error: object) -> int:
+    """Print one line; the status of a refusal."""
+    with contextlib.suppress(OSError):
+        print(one_line(f"{program}: {error}"), file=sys.stderr)
+    return 2

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from pgolf.errors import Interrupted, PgolfError, UserError, one_line, out_of_memory
+from pgolf.errors import Interrupted, PgolfError, UserError, complain, out_of_memory
 from pgolf.presets import PRESETS, default_preset
 
 USAGE = """\
@@ -84,13 +84,6 @@ def ending(program: str, work: Callable[[], int | None], may_be_cut: bool = Fals
         if words := out_of_memory(error):
             return complain(program, words)
         raise
-
-
-def complain(program: str, error: object) -> int:
-    """Print one line; the status of a refusal."""
-    with contextlib.suppress(OSError):
-        print(one_line(f"{program}: {error}"), file=sys.stderr)
-    return 2
 
 
 def _drop_output() -> None:

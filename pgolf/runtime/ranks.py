@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf.errors import PgolfError, UserError, one_line
-from pgolf.run.entry import complain
+from pgolf.errors import PgolfError, UserError, complain, one_line
 from pgolf.runtime.files import make_folder, replacing
 
 # New names since torch 2.13; gloo has both as well as NCCL.

@@ -180,7 +180,7 @@ def test_a_described_model_is_compared_with_the_file_before_it_is_built(tiny, tm
     stored = quantize(model, hessians, replace(config, quantizer="rtn"))
     write_artifact(path, stored, {"model": {**model.config.as_dict(), **changes}}, mode="static")
     artifact = read_artifact(path)
-    monkeypatch.setattr("pgolf.quantization.quantize.Model", None)
+    monkeypatch.setattr("pgolf.artifact.model.Model", None)
     tracemalloc.start()
     try:
         with pytest.raises(ArtifactError) as caught:

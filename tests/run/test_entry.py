@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.errors import MOST_LETTERS, DataError, Interrupted, PgolfError, UserError, one_line
+from pgolf.errors import MOST_LETTERS, DataError, Interrupted, PgolfError, UserError, complain, one_line
 from pgolf.ops import backends
 from pgolf.quantization.quantizers import OPERATIONS, QUANTIZERS
-from pgolf.run.entry import complain, ending
+from pgolf.run.entry import ending
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [str(ROOT / "train_gpt.py")]

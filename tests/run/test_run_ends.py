@@ -15,8 +15,9 @@ import torch
 from test_run import run_here, summary_of
 
 from pgolf.artifact import read_artifact
+from pgolf.artifact.model import model_from_artifact
 from pgolf.errors import UserError
-from pgolf.quantization.quantize import collect_hessians, model_from_artifact
+from pgolf.quantization.calibration import collect_hessians
 from pgolf.run.record import Run
 from pgolf.runtime import files
 from pgolf.runtime.files import Lines, WriteError
@@ -196,7 +197,7 @@ def test_a_console_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch):
 
 def test_second_moments_that_are_not_finite_end_the_run_in_one_line(run, monkeypatch):
     monkeypatch.setattr(
-        "pgolf.quantization.quantize.ops.accumulate_hessian", lambda hessian, x: hessian.fill_(math.inf)
+        "pgolf.quantization.calibration.ops.accumulate_hessian", lambda hessian, x: hessian.fill_(math.inf)
     )
     status, err, out, folder = run()
     assert (status, err) == (5, [])
