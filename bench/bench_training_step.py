@@ -17,9 +17,9 @@ pytest.importorskip("jinja2", reason="the record of a run needs jinja2")
 from bench.harness.training_step import CUDA, RANKS, make_model, make_trainer, settings_of, take_step
 from pgolf.evaluation.scoring import evaluate
 from pgolf.model import Model
+from pgolf.model.flops import flops_per_token
 from pgolf.ops import used
 from pgolf.settings import Settings
-from pgolf.training.utilisation import flops_per_token
 
 
 def work(model: Model, settings: Settings, tokens: int, passes: int) -> Work:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-TALK_SECONDS = 1.0  # the ranks talk about time and signals this often at least, and more often near the end
+SYNCHRONISE_SECONDS = 1.0  # ranks synchronise time and signals this often at least, and more often near the end
 
 
 class Stopwatch:
@@ -65,11 +65,11 @@ class Clock:
         self.elapsed, self.steps, self.longest = elapsed, 0, 0.0
 
     def steps_ahead(self, limit: float) -> int:
-        """How many steps to take before the ranks talk again; 0 when not even one would end before `limit`.
+        """How many steps to take before the ranks synchronise again; 0 when not even one would end before `limit`.
 
         They may turn out twice as slow as the slowest of late.
         """
         left = limit - self.elapsed
         if self.slowest > left:
             return 0
-        return max(1, int(min(TALK_SECONDS, left / 2) / self.slowest)) if self.slowest else 1
+        return max(1, int(min(SYNCHRONISE_SECONDS, left / 2) / self.slowest)) if self.slowest else 1

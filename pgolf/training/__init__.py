@@ -11,7 +11,7 @@ qat                quantization-aware training
 recorder           to whom training tells what happens, and how it ends early
 schedule           what changes during training
 sharding           which rank works on which matrices
+step_budget        how many steps until the ranks next synchronise
 train_log          lines and metrics about single steps
 trainer            the loop
-utilisation        FLOPs a token, and their share of the device's peak
 """

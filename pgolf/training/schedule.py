@@ -18,9 +18,9 @@ class Phase:
         return f"seq_len:{self.seq_len} looping:{self.looping} quantized:{self.quantized}"
 
 
-def used_fraction(settings: Settings, step: int, elapsed_seconds: float, limit_seconds: float) -> float:
-    """Of ITERATIONS or of the time, whichever runs out first; 0 to 1."""
-    return min(1.0, max(step / settings.iterations, elapsed_seconds / limit_seconds))
+def used_fraction(iterations: int, step: int, elapsed_seconds: float, limit_seconds: float) -> float:
+    """Of the steps or of the time, whichever runs out first; 0 to 1."""
+    return min(1.0, max(step / iterations, elapsed_seconds / limit_seconds))
 
 
 def lr_scale(settings: Settings, used: float) -> float:

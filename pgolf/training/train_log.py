@@ -34,7 +34,7 @@ class TrainLog:
         mark = self.watch.mark()
         self.waiting.append((step, value, scale, mark))
         while self.waiting and self.watch.passed(self.waiting[0][-1]):
-            self._write(*self.waiting.popleft())
+            self.write(*self.waiting.popleft())
         return mark
 
     def write_all(self) -> None:
@@ -42,9 +42,10 @@ class TrainLog:
         if self.waiting:
             self.watch.seconds(self.waiting[-1][-1])
         while self.waiting:
-            self._write(*self.waiting.popleft())
+            self.write(*self.waiting.popleft())
 
-    def _write(self, step: int, loss: Tensor, scale: float, mark: Any) -> None:
+    def write(self, step: int, loss: Tensor, scale: float, mark: Any) -> None:
+        """Of a step that is done; its `loss` lies in the host's memory."""
         value = float(loss)
         self.lost = 0 if math.isfinite(value) else self.lost + 1
         every = self.settings.train_log_every

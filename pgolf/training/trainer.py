@@ -1,11 +1,12 @@
 """The training loop: a hard wall-clock budget, Muon and AdamW, schedules, averages, checkpoints.
 
-Between two talks of the ranks nothing waits for the device, and at a talk only for work that lies `LAG` steps back.
+Its parts: the step budget (step_budget.py) decides when the ranks synchronise and when training is over, the log
+(train_log.py) tells of single steps, checkpoints (checkpoint_writer.py) are written beside training, and validation is
+the caller's. None of them waits for the device between two synchronisations.
 """
 
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -18,9 +19,11 @@ from pgolf.data.tokenizer import ByteTable
 from pgolf.errors import Interrupted, ScoreError, UserError
 from pgolf.evaluation.scoring import Score
 from pgolf.model import Model
+from pgolf.model.flops import flops_per_token
 from pgolf.runtime.clock import Clock, Stopwatch
 from pgolf.runtime.machine import allow_compilations, compilations
 from pgolf.runtime.ranks import LostProcess, Ranks
+from pgolf.runtime.utilisation import performance
 from pgolf.settings import Settings
 from pgolf.training import checkpoint, cuda_graphs
 from pgolf.training.averaging import make_average
@@ -30,11 +33,10 @@ from pgolf.training.losses import TrainingLoss
 from pgolf.training.optim import make_optimisers
 from pgolf.training.qat import FakeQuantize
 from pgolf.training.recorder import Aborted, Diverged, Recorder
-from pgolf.training.schedule import Phase, fraction_where, lr_scale, phase_at, phases, used_fraction
+from pgolf.training.schedule import Phase, fraction_where, lr_scale, phase_at, phases
+from pgolf.training.step_budget import StepBudget
 from pgolf.training.train_log import DIVERGED_STEPS, TrainLog
-from pgolf.training.utilisation import flops_per_token, performance
 
-LAG = 2  # steps that a GPU may still have before it when the clock is read
 GRAPHS = 64  # of the forward pass, at most: the compiler's own limit is 8, and each phase has one or two
 
 
@@ -68,6 +70,7 @@ class Trainer:
         self.step = 0
         self.flops = 0  # of all steps, on all ranks together
         self.used_seconds = 0.0  # of the wall-clock budget
+        self.saved_at_seconds = 0.0  # the newest checkpoint
         self.step_seconds = 0.0  # of one step, cautiously
         self.at_warmdown: Callable[[], None] | None = None  # called once, on all ranks, before the rate first falls
         self._enter(0.0)
@@ -112,7 +115,7 @@ class Trainer:
             for _ in range(steps):
                 begin = time.perf_counter()
                 self.take_step(0.0)
-                self._synchronize()
+                self._wait_for_device()
                 self.step_seconds = time.perf_counter() - begin
         with torch.no_grad():
             for parameter, weight in zip(self.parameters, weights, strict=True):
@@ -148,81 +151,88 @@ class Trainer:
         run.note(recompilations=compilations() - graphs, **found)
         run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
         self.model.fake_quantize = None
-        if not self._finite():
+        if not self.finite():
             raise self._diverged("its weights are not finite")
         if self.average:
             self.average.copy_to_parameters()
 
     def _train(self, validate: Callable[[], Score]) -> None:
-        settings, run, limit = self.settings, self.run, self.train_limit_seconds
+        settings = self.settings
         watch, clock = Stopwatch(self.device, self.used_seconds), Clock(self.used_seconds, self.step_seconds)
-        marks: deque[Any] = deque(maxlen=LAG + 1 if watch.cuda else 1)  # after each of the latest steps
-        log = TrainLog(run, settings, watch)
-        talk_at = self.step
-        saved_at, between = self.used_seconds, 60 * settings.checkpoint_minutes
-        while True:
-            if self.step == talk_at or (run.signal is not None and self.ranks.world_size == 1):
-                if marks:
-                    clock.read(watch.seconds(marks[0]) + (len(marks) - 1) * clock.mean)
-                (elapsed, mean, slowest, steps, lost), signalled = self.ranks.share(
-                    clock.elapsed,
-                    clock.mean,
-                    clock.slowest,
-                    clock.steps_ahead(limit),
-                    float(log.diverged),
-                    flag=run.signal is not None,
-                )
-                self.used_seconds, self.step_seconds, talked = elapsed, slowest, self.step
-                if lost:
-                    raise self._diverged(f"the loss has not been finite for {DIVERGED_STEPS} steps")
-                if signalled:
-                    log.write_all()
-                    self.save()
-                    raise Interrupted(run.signal or signal.SIGTERM)
-                if not steps or self.step >= settings.iterations:
-                    break
-                if between and elapsed - saved_at >= between and limit - elapsed > between / 2:
-                    saved_at = elapsed
-                    log.write_all()
-                    clock.read(watch.pause())
-                    self.used_seconds = clock.elapsed
-                    self.save(beside=True)
-                    marks.clear()
-                    watch.resume()
-                talk_at = min(self.step + int(steps), settings.iterations)
-            # Between two talks all ranks go by the same guess of the time.
-            used = used_fraction(settings, self.step, elapsed + (self.step - talked) * mean, limit)
-            scale, before = lr_scale(settings, used), self.phase
-            if scale < 1.0 and self.at_warmdown:
-                self.at_warmdown()
-                self.at_warmdown = None
+        budget = StepBudget(self.ranks, watch, clock, settings.iterations, self.train_limit_seconds, self.step)
+        log = TrainLog(self.run, settings, watch)
+        self.saved_at_seconds = self.used_seconds
+        while self._goes_on(budget, log):
+            used = budget.used(self.step)
+            scale = lr_scale(settings, used)
+            self._before_warmdown(scale)
             begin = time.perf_counter()
-            self._enter(used)
-            if self.phase != before:
-                run.log(f"phase: step:{self.step} {self.phase.line}")
+            self._enter_and_tell(used)
             loss = self.take_step(scale)
-            self.step += 1
-            self.flops += settings.train_batch_tokens * flops_per_token(
-                self.model.config, self.phase.looping, self.phase.seq_len
-            )
+            self._count_step()
             if self.average:
                 self.average.update(self.step, used)
-            marks.append(log.add(self.step, loss, scale))
-            clock.tick(time.perf_counter() - begin)
-            if self.step == settings.abort_step or (
-                settings.val_loss_every and self.step % settings.val_loss_every == 0
-            ):
+            budget.count(log.add(self.step, loss, scale), time.perf_counter() - begin)
+            if self._validation_due():
                 log.write_all()
-                clock.read(watch.pause())
-                self._validate(validate, clock.elapsed)
-                marks.clear()
-                watch.resume()
+                with budget.clock_stopped() as seconds:
+                    self._validate(validate, seconds)
         log.write_all()
         (self.used_seconds,) = self.ranks.agree(watch.pause())
-        if not steps:
+        if not budget.steps:
             where = f"step:{self.step}/{settings.iterations}"
-            run.log(f"stopping_early: wallclock_cap train_time:{1000 * self.used_seconds:.0f}ms {where}")
+            self.run.log(f"stopping_early: wallclock_cap train_time:{1000 * self.used_seconds:.0f}ms {where}")
         self.save()  # what follows can be repeated from here
+
+    def _goes_on(self, budget: StepBudget, log: TrainLog) -> bool:
+        """Whether another step is taken; before that, synchronise and write a checkpoint where either is due."""
+        signalled = self.run.signal is not None
+        if not budget.due(self.step, signalled):
+            return True
+        diverged, signalled = budget.synchronise(self.step, log.diverged, signalled)
+        self.used_seconds, self.step_seconds = budget.elapsed, budget.slowest
+        if diverged:
+            raise self._diverged(f"the loss has not been finite for {DIVERGED_STEPS} steps")
+        if signalled:
+            log.write_all()
+            self.save()
+            raise Interrupted(self.run.signal or signal.SIGTERM)
+        if budget.spent(self.step):
+            return False
+        if self._checkpoint_due(budget):
+            self.saved_at_seconds = budget.elapsed
+            log.write_all()
+            with budget.clock_stopped() as seconds:
+                self.used_seconds = seconds
+                self.save(beside=True)
+        return True
+
+    def _before_warmdown(self, scale: float) -> None:
+        if scale < 1.0 and self.at_warmdown:
+            self.at_warmdown()
+            self.at_warmdown = None
+
+    def _enter_and_tell(self, used: float) -> None:
+        before = self.phase
+        self._enter(used)
+        if self.phase != before:
+            self.run.log(f"phase: step:{self.step} {self.phase.line}")
+
+    def _count_step(self) -> None:
+        self.step += 1
+        tokens, phase = self.settings.train_batch_tokens, self.phase
+        self.flops += tokens * flops_per_token(self.model.config, phase.looping, phase.seq_len)
+
+    def _checkpoint_due(self, budget: StepBudget) -> bool:
+        """Every CHECKPOINT_MINUTES of training, but not when little more than the one at the end would be lost."""
+        between = 60 * self.settings.checkpoint_minutes
+        if not between or budget.elapsed - self.saved_at_seconds < between:
+            return False
+        return budget.limit - budget.elapsed > between / 2
+
+    def _validation_due(self) -> bool:
+        every = self.settings.val_loss_every
+        return self.step == self.settings.abort_step or bool(every and self.step % every == 0)
 
     def _validate(self, validate: Callable[[], Score], seconds: float) -> None:
         """Score the weights as they are, not rounded. `Aborted` after ABORT_STEP if they are worse than ABORT_BPB."""
@@ -242,9 +252,9 @@ class Trainer:
     def calibration_batches(self) -> Iterator[MicroBatch]:
         """Of the next GPTQ_CALIBRATION_BATCHES training batches, this rank's share, on the device."""
         for _ in range(self.settings.gptq_calibration_batches):
-            yield from self._micro_batches()
+            yield from self.micro_batches()
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
+    def micro_batches(self) -> Iterator[MicroBatch]:
         batch = self.loader.next_batch().to(self.device)
         return batch.micro_batches(self.settings.micro_batch_tokens, self.phase.seq_len)
 
@@ -253,7 +263,7 @@ class Trainer:
         end = time.perf_counter() + self.settings.max_wallclock_seconds - self.used_seconds
 
         def seconds_left() -> float:
-            self._synchronize()
+            self._wait_for_device()
             return end - time.perf_counter()
 
         return seconds_left
@@ -262,7 +272,7 @@ class Trainer:
         """Forward and backward over this rank's rows, sum over ranks, update. Returns the mean loss, on the device."""
         settings = self.settings
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(self._micro_batches()):
+        for number, batch in enumerate(self.micro_batches()):
             if self.cuda_graphs:
                 if number == 1:
                     cuda_graphs.keep_gradients(self.parameters)
@@ -278,7 +288,7 @@ class Trainer:
             self.average.join()
         return self.optimisers.step(total)
 
-    def _synchronize(self) -> None:
+    def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -287,7 +297,7 @@ class Trainer:
         kept = [path.name for path in checkpoint.candidates(self.run.folder)]
         return Diverged(f"step {self.step}: {what}; kept: {', '.join(kept) or 'no checkpoint, for none was due'}")
 
-    def _finite(self) -> bool:
+    def finite(self) -> bool:
         """Whether weights and averages are, on all ranks; waits for the device."""
         values = [*self.parameters, *(self.average.average if self.average else [])]
         finite = torch.stack([torch.isfinite(value).all() for value in values]).all()

@@ -99,7 +99,7 @@ def test_after_a_step_nothing_refers_to_the_graphs_memory(tmp_path):
 
 def test_the_stand_in_tells_when_gradients_are_not_kept(tmp_path, monkeypatch):
     trainer = replaying(tmp_path)
-    (loss := trainer.loss(*next(trainer._micro_batches()))).backward()
+    (loss := trainer.loss(*next(trainer.micro_batches()))).backward()
     assert trainer.loss.holds(loss)
     assert all(trainer.loss.holds(p.grad) for p in trainer.parameters)  # autograd takes over what backward returns
     found = []

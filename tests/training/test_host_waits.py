@@ -1,4 +1,6 @@
-"""Between two talks the host reads nothing of what the device computes: refused here, where a CPU would not notice.
+"""Between two synchronisations of the ranks the host reads nothing of what the device computes.
+
+What would is refused here, where a CPU would not notice.
 
 Copies to the host that wait are for the GPU test of tests/training/test_train.py; on a CPU there are none.
 """
@@ -106,7 +108,7 @@ def test_a_look_is_noticed(look, monkeypatch):
 def test_a_step_reads_nothing_of_the_device(average, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **STEP, **average)
     monkeypatch.setattr(trainer, "save", lambda: None)  # it copies to the host
-    monkeypatch.setattr(trainer, "_finite", lambda: True)  # looked at once, at the end
+    monkeypatch.setattr(trainer, "finite", lambda: True)  # looked at once, at the end
     loss = trainer.loss
 
     def as_compiled(*batch):
@@ -117,14 +119,14 @@ def test_a_step_reads_nothing_of_the_device(average, tmp_path, monkeypatch):
 
     trainer.loss = as_compiled
     trainer.warm_up()
-    write = TrainLog._write
+    write = TrainLog.write
     with monkeypatch.context() as patch, (mode := NoWaiting(patch)):
 
         def written(log, *record):
             with mode.reading():  # by now the number is in the host's memory
                 write(log, *record)
 
-        patch.setattr(TrainLog, "_write", written)
+        patch.setattr(TrainLog, "write", written)
         trainer.train(no_score)
     assert trainer.step == 6
     assert mode.operations > 1000

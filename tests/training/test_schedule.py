@@ -21,9 +21,8 @@ CPU = torch.device("cpu")
 
 
 def test_the_budget_is_used_by_steps_or_by_time_whichever_ends_first():
-    settings = Settings(iterations=100)
-    assert used_fraction(settings, 75, 0.0, 60.0) == used_fraction(settings, 0, 45.0, 60.0) == 0.75
-    assert used_fraction(settings, 10, 61.0, 60.0) == 1.0
+    assert used_fraction(100, 75, 0.0, 60.0) == used_fraction(100, 0, 45.0, 60.0) == 0.75
+    assert used_fraction(100, 10, 61.0, 60.0) == 1.0
 
 
 def test_the_learning_rate_falls_to_its_floor():

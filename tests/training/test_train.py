@@ -15,6 +15,7 @@ from pgolf.artifact.model import model_from_artifact
 from pgolf.data.batch import MicroBatch
 from pgolf.errors import ArtifactError, Interrupted, UserError
 from pgolf.evaluation.scoring import Score
+from pgolf.model.flops import flops_per_token
 from pgolf.quantization.calibration import collect_hessians
 from pgolf.quantization.config import QuantizationConfig
 from pgolf.quantization.quantize import quantize
@@ -22,7 +23,6 @@ from pgolf.runtime.clock import Clock, Stopwatch
 from pgolf.runtime.ranks import Ranks
 from pgolf.training import trainer as train
 from pgolf.training.recorder import Aborted, Diverged
-from pgolf.training.utilisation import flops_per_token
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -73,21 +73,21 @@ def test_the_wall_clock_is_a_hard_limit(trainer):
     assert any(line.startswith("stopping_early: wallclock_cap") for line in t.run.lines)
 
 
-def test_the_ranks_talk_seldom_until_the_end_comes_near():
+def test_the_ranks_synchronise_seldom_until_the_end_comes_near():
     clock = Clock(0.0, 0.01)
-    now, talks = 0.0, []
+    now, promised = 0.0, []
     step_seconds = itertools.cycle([0.01, 0.01, 0.02])
     while steps := clock.steps_ahead(limit=20.0):
-        talks.append(steps)
+        promised.append(steps)
         for _ in range(steps):
             seconds = next(step_seconds)
             now += seconds
             clock.tick(seconds)
         clock.read(now)
     assert 19.9 < now <= 20.0
-    assert talks[1] == 50  # a second of the slowest steps
-    assert talks[-1] == 1
-    assert len(talks) < 60
+    assert promised[1] == 50  # a second of the slowest steps
+    assert promised[-1] == 1
+    assert len(promised) < 60
     assert Clock(0.0, 0.0).steps_ahead(1.0) == 1  # nothing known yet
     assert Clock(0.5, 0.6).steps_ahead(1.0) == 0
 
@@ -103,7 +103,7 @@ def test_a_slow_step_is_remembered_for_a_while():
     assert clock.steps_ahead(100.0) in (9, 10)
 
 
-def test_ranks_talk_about_once_a_second(trainer, monkeypatch):
+def test_ranks_synchronise_about_once_a_second(trainer, monkeypatch):
     t = trainer(ITERATIONS="200")
     t.warm_up()
     messages = []
@@ -282,7 +282,7 @@ def test_a_gpu_is_waited_for_at_no_step_and_nothing_is_compiled_after_warm_up(tr
     assert t.compiled
     t.warm_up()
     monkeypatch.setattr(t, "save", lambda: None)  # it copies to the host
-    monkeypatch.setattr(t, "_finite", lambda: True)  # looked at once, at the end
+    monkeypatch.setattr(t, "finite", lambda: True)  # looked at once, at the end
     torch.cuda.set_sync_debug_mode("error")
     try:
         t.train(no_score)

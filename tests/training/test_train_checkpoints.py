@@ -13,7 +13,7 @@ from small_trainer import make_trainer, no_score, weights
 from pgolf.errors import DataError, UserError
 from pgolf.training import checkpoint
 from pgolf.training.recorder import Diverged
-from pgolf.training.schedule import lr_scale, used_fraction
+from pgolf.training.schedule import lr_scale
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_checkpoint_continues_exactly(trainer):
     whole.train(no_score)
     first = trainer(ITERATIONS="6")
     for _ in range(3):
-        used = used_fraction(first.settings, first.step, 0.0, first.train_limit_seconds)
+        used = first.step / first.settings.iterations
         first.take_step(lr_scale(first.settings, used))
         first.step += 1
         first.average.update(first.step, used)
@@ -142,7 +142,7 @@ def test_checkpoints_come_with_the_minutes_and_stop_the_clock_for_a_copy_alone(t
     t.take_step = lambda scale: time.sleep(0.01) or take_step(scale)
     t.train(no_score)
     *beside, last = writing
-    assert len(beside) >= 1  # the ranks talk once a second
+    assert len(beside) >= 1  # the ranks synchronise once a second
     assert not any(in_main for *_, in_main in beside)
     assert last == (150, 150, True)
     assert t.run.noted["checkpoints"] == len(writing)

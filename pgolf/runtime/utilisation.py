@@ -1,28 +1,11 @@
-"""How well training uses a device: the FLOPs that a model needs a token, and their share of the device's peak (MFU).
-
-A token takes 6 FLOPs a weight of each matrix that it is multiplied with, 2 forward and 4 backward, those of looped
-layers each time, and the head's; and in each layer run, 12 · width for every token that attention looks back on, which
-is half a row on average (PaLM, arXiv 2204.02311, appendix B, but for the causal half). Packed documents look back less
-than the row's length says, so for them attention is counted at its most. Work element by element, the optimiser, and
-what a backward pass computes again count nothing.
-"""
+"""How well training uses a device: time, memory, and the share of the device's peak FLOP/s (MFU)."""
 
 import sys
-from functools import lru_cache
 
 import torch
 
-from pgolf.model import ModelConfig
-
 # Dense bfloat16 FLOP/s by data sheet, under the names that CUDA gives the SXM modules.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-
-
-@lru_cache
-def flops_per_token(config: ModelConfig, looping: bool, length: int, passes: int = 3) -> int:
-    """In rows of `length` tokens; `passes`: 3 forward and backward, 1 forward alone."""
-    attention = 2 * config.model_dim * length * len(config.visits(looping))
-    return passes * (2 * config.weights_met(looping) + attention)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
