@@ -28,7 +28,7 @@ from pgolf.artifact import read_artifact, write_artifact
 from pgolf.artifact.model import model_from_artifact
 from pgolf.artifact.packed_code import code_bytes, raw_code_bytes
 from pgolf.data.dataset import compressors_bpb, open_dataset, training_loader
-from pgolf.evaluation.ngram import evaluate_ngram
+from pgolf.evaluation.ngram import NgramConfig, evaluate_ngram
 from pgolf.evaluation.scoring import Score, evaluate
 from pgolf.model import Model, ModelConfig, choose_fused_glue
 from pgolf.model.attention import choose_attention
@@ -71,9 +71,10 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
     run.log(f"fused_glue:{','.join(sorted(model.fused)) or 'none'} cuda_graphs:{trainer.cuda_graphs}")
 
+    scoring = {**settings.scoring, "batch_tokens": settings.val_batch_size, "ranks": ranks}
+
     def score(scored: Model, **changes: int) -> Score:
-        how = {**settings.scoring, **changes, "batch_tokens": settings.val_batch_size, "ranks": ranks}
-        return evaluate(scored, data.val_tokens, data.val_token_bytes, **how)
+        return evaluate(scored, data.val_tokens, data.val_token_bytes, **{**scoring, **changes})
 
     # Train, then calibrate with what is left of the wall-clock budget
     quantization, code = QuantizationConfig.of(settings), code_bytes()
@@ -139,7 +140,8 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
         if settings.ngram == "off":
             final, mixed = score(stranger), None
         else:
-            final, mixed = evaluate_ngram(stranger, data.val_tokens, data.val_token_bytes, settings, ranks)
+            ngram = NgramConfig.of(settings)
+            final, mixed = evaluate_ngram(stranger, data.val_tokens, data.val_token_bytes, ngram, **scoring)
     run.log(f"final_artifact_roundtrip_exact val_loss:{final.loss:.8f} val_bpb:{final.bpb:.8f}")
     if mixed:
         run.log(f"ngram:{settings.ngram} val_loss:{mixed.loss:.8f} val_bpb:{mixed.bpb:.8f}")

@@ -12,7 +12,6 @@ from pgolf.model.attention import choose_attention
 from pgolf.runtime.machine import compute_dtype
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import Settings, load_settings
-from pgolf.training.schedule import phases
 from pgolf.training.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
@@ -53,7 +52,7 @@ def make_loader(settings: Settings, folder: Path):
 def make_trainer(settings: Settings, folder: Path, *, last_phase: bool = True) -> Trainer:
     """In the last phase of a run, with loops where the model has them, or in the first."""
     trainer = Trainer(make_model(settings), make_loader(settings, folder), settings, RANKS, run=None)
-    trainer._set(phases(settings)[-1 if last_phase else 0])
+    trainer._set(trainer.schedule.phases()[-1 if last_phase else 0])
     return trainer
 
 
@@ -61,5 +60,5 @@ def take_step(trainer: Trainer) -> torch.Tensor:
     """As the training loop does it, the average included."""
     loss = trainer.take_step(0.1)
     if trainer.average:
-        trainer.average.update(1, 0.0)
+        trainer.average.update(1, 1.0)
     return loss

@@ -23,7 +23,6 @@ from pgolf.model.glue import OPERATIONS
 from pgolf.ops import backends
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import Settings, load_settings
-from pgolf.training.schedule import lr_scale
 from pgolf.training.trainer import Trainer
 
 TELL_EVERY = 50
@@ -38,7 +37,7 @@ def losses(settings: Settings, fused: frozenset[str], steps: int) -> Iterator[fl
     model.fused = fused
     trainer = Trainer(model, loader, settings, ranks, SimpleNamespace())  # type: ignore[arg-type]
     for trainer.step in range(steps):
-        yield trainer.take_step(lr_scale(settings, trainer.step / steps)).item()
+        yield trainer.take_step(trainer.schedule.lr_scale(trainer.step / steps)).item()
 
 
 def interpret_the_glue_only() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pgolf.artifact import read_artifact
 from pgolf.artifact.model import model_from_artifact
 from pgolf.data.dataset import open_dataset
-from pgolf.evaluation.ngram import evaluate_ngram
+from pgolf.evaluation.ngram import NgramConfig, evaluate_ngram
 from pgolf.evaluation.ngram_cache import MIXINGS
 from pgolf.run.saved_settings import read_settings
 from pgolf.runtime.machine import compute_dtype
@@ -30,10 +30,11 @@ def main() -> None:
             data = open_dataset(settings, ranks)
             artifact = read_artifact(folder / "model.pgolf")
             model = model_from_artifact(artifact, compute_dtype(settings.dtype, ranks.device), ranks.device)
+            how = {**settings.scoring, "batch_tokens": settings.val_batch_size, "ranks": ranks}
             for mixing in MIXINGS:
                 begin = time.perf_counter()
-                chosen = settings.model_copy(update={"ngram": mixing})
-                base, mixed = evaluate_ngram(model, data.val_tokens, data.val_token_bytes, chosen, ranks)
+                split = data.val_tokens, data.val_token_bytes
+                base, mixed = evaluate_ngram(model, *split, NgramConfig.of(settings, mixing), **how)
                 seconds = time.perf_counter() - begin
                 if mixing == MIXINGS[0]:
                     print(f"| {folder.name} | {base.tokens} | none | {base.bpb:.4f} | | |", flush=True)

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pgolf.artifact.model import model_from_artifact
     from pgolf.data.dataset import check_origin, validation_split
     from pgolf.data.tokenizer import Tokenizer
-    from pgolf.evaluation.ngram import evaluate_ngram
+    from pgolf.evaluation.ngram import NgramConfig, evaluate_ngram
     from pgolf.evaluation.scoring import evaluate
     from pgolf.model.attention import choose_attention
     from pgolf.run.saved_settings import read_settings
@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         model = model_from_artifact(artifact, dtype, ranks.device, attention)
         batch_tokens = saved.val_batch_size if saved else 65_536
         if arguments.ngram:
-            chosen = {"ngram": arguments.ngram, "vocab_size": tokenizer.vocab_size, "val_batch_size": batch_tokens}
-            settings = (saved or load_settings({}, preset="baseline")).model_copy(update=chosen)
-            score, mixed = evaluate_ngram(model, tokens, token_bytes, settings, ranks, scoring)
+            config = NgramConfig.of(saved or load_settings({}, preset="baseline"), arguments.ngram)
+            how = {**scoring, "batch_tokens": batch_tokens, "ranks": ranks}
+            score, mixed = evaluate_ngram(model, tokens, token_bytes, config, **how)
         else:
             score, mixed = evaluate(model, tokens, token_bytes, batch_tokens=batch_tokens, ranks=ranks, **scoring), None
     result = {

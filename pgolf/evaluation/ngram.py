@@ -9,7 +9,7 @@ and all targets before it say, and then counted. What arrives early waits for it
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pgolf.errors import ScoreError
 from pgolf.evaluation.ngram_cache import LOWEST_LOGPROB, NgramCache, tilt
-from pgolf.evaluation.scoring import Score, target_losses
+from pgolf.evaluation.scoring import Score, check_vocabulary, target_losses
 from pgolf.model import Model
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import Settings
@@ -26,52 +26,71 @@ BYTES_A_TOKEN = 80  # of memory: twice what English text takes
 LEAST_MEMORY = 1 << 23
 
 
+@dataclass(frozen=True)
+class NgramConfig:
+    mixing: str  # of MIXINGS in ngram_cache.py
+    order: int  # the highest
+    memory_bytes: int  # at most
+    threshold: float  # of "tilt": a hint came true in this share of its cases, or no tilt
+    boost: float  # of "tilt": what it adds to the hint's logit, in nats
+
+    @classmethod
+    def of(cls, settings: Settings, mixing: str | None = None) -> "NgramConfig":
+        """Of a run; `mixing` in place of its own."""
+        s, mixing = settings, mixing or settings.ngram
+        order = s.ngram_order or (16 if mixing == "tilt" else 7)
+        return cls(mixing, order, s.ngram_memory_bytes, s.ngram_threshold, s.ngram_boost)
+
+    def new_cache(self, vocab_size: int, tokens: Tensor) -> NgramCache:
+        """Sized for `tokens`, the first of which it knows."""
+        cache = NgramCache(
+            vocab_size,
+            [self.order] if self.mixing == "tilt" else range(2, self.order + 1),
+            self.mixing,
+            min(self.memory_bytes, max(LEAST_MEMORY, BYTES_A_TOKEN * len(tokens))),
+            threshold=self.threshold,
+            boost=self.boost,
+        )
+        cache.update(tokens[:1])
+        return cache
+
+
 def evaluate_ngram(
     model: Model,
     tokens: Tensor,  # (count,) integer, the validation split
     token_bytes: Tensor,  # (count,) bytes of text each token stands for, given the one before it
-    settings: Settings,
+    config: NgramConfig,
+    seq_len: int,
+    batch_tokens: int,  # a forward pass
     ranks: Ranks,
-    scoring: dict[str, Any] | None = None,  # seq_len, stride and bos_id of `evaluate`; by default the settings'
+    *,
+    stride: int = 0,  # 0: seq_len
+    bos_id: int | None = None,  # given: documents are scored alone
 ) -> tuple[Score, Score]:
     """(the model's score, the score with the cache)."""
-    how = settings.scoring if scoring is None else scoring
-    most = max(settings.val_batch_size, how["seq_len"])
 
     def losses(others: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        return target_losses(model, tokens, batch_tokens=settings.val_batch_size, ranks=ranks, others=others, **how)
+        return target_losses(model, tokens, seq_len, batch_tokens, ranks, others, stride=stride, bos_id=bos_id)
+
+    check_vocabulary(model, tokens)
+    vocab_size = model.config.vocab_size
 
     targets = tokens[1:].numpy()
-    if settings.ngram == "tilt":
-        nats, mixed = _tilted(new_cache(settings, tokens), targets, losses)
+    if config.mixing == "tilt":
+        nats, mixed = _tilted(config.new_cache(vocab_size, tokens), targets, losses)
         totals = torch.tensor([nats, mixed], dtype=torch.float64)
         ranks.sum_(totals)
         nats, mixed = totals.tolist()
     else:
-        arriving = gathered(((first, nats) for first, nats, _ in losses()), most, ranks)
+        arriving = gathered(((first, nats) for first, nats, _ in losses()), max(batch_tokens, seq_len), ranks)
         if ranks.first:
-            nats, mixed = ranks.agree(*_in_order(new_cache(settings, tokens), targets, arriving))
+            nats, mixed = ranks.agree(*_in_order(config.new_cache(vocab_size, tokens), targets, arriving))
         else:
             for _ in arriving:
                 pass
             nats, mixed = ranks.agree(0.0, 0.0)
     size = int(token_bytes[1:].sum())
     return Score(nats, len(targets), size), Score(mixed, len(targets), size)
-
-
-def new_cache(settings: Settings, tokens: Tensor) -> NgramCache:
-    """The cache that the settings ask for, sized for `tokens`, the first of which it knows."""
-    order = settings.ngram_order or (16 if settings.ngram == "tilt" else 7)
-    cache = NgramCache(
-        settings.vocab_size,
-        [order] if settings.ngram == "tilt" else range(2, order + 1),
-        settings.ngram,
-        min(settings.ngram_memory_bytes, max(LEAST_MEMORY, BYTES_A_TOKEN * len(tokens))),
-        threshold=settings.ngram_threshold,
-        boost=settings.ngram_boost,
-    )
-    cache.update(tokens[:1])
-    return cache
 
 
 def gathered(mine: Iterator[tuple[int, Tensor]], most: int, ranks: Ranks) -> Iterator[tuple[int, np.ndarray]]:

@@ -130,6 +130,13 @@ def _check(tokens: Tensor, token_bytes: Tensor, seq_len: int, batch_tokens: int,
     checks.integer("stride", stride, 0, seq_len)  # a longer one would leave tokens out
 
 
+def check_vocabulary(model: Model, tokens: Tensor) -> None:
+    """`DataError` for a token that the model does not know, for which a GPU would end the process."""
+    most = int(tokens.max())
+    if most >= model.config.vocab_size:
+        raise DataError(f"the text to score has token {most}, the model knows {model.config.vocab_size}")
+
+
 def target_losses(
     model: Model,
     tokens: Tensor,
@@ -143,9 +150,7 @@ def target_losses(
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """This rank's batches: the first target's number (0 for tokens[1]), nats of it and those that follow (n,), and of
     `others`, on the model's device. Together the ranks give every target once."""
-    most = int(tokens.max())
-    if most >= model.config.vocab_size:  # a GPU would end the process
-        raise DataError(f"the text to score has token {most}, the model knows {model.config.vocab_size}")
+    check_vocabulary(model, tokens)
     device = next(model.parameters()).device
     batches = ScoringBatches(tokens, seq_len, batch_tokens, stride, bos_id, ranks.rank, ranks.world_size)
     for batch, scored, first in progress(batches, "scoring", len(batches), unit="batch"):

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from pgolf.runtime.machine import SideStream
-from pgolf.settings import Settings
-from pgolf.training.schedule import lr_scale
 
 
 class Average:
@@ -21,8 +19,8 @@ class Average:
         self.updates = 0
         self.side = SideStream(self.parameters[0].device)
 
-    def update(self, step: int, used: float) -> None:
-        """After step number `step`, with the fraction `used` of the budget."""
+    def update(self, step: int, lr_scale: float) -> None:
+        """After step number `step`, which was taken at the fraction `lr_scale` of the learning rate."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -60,24 +58,26 @@ class Ema(Average):
         super().__init__(parameters)
         self.decay = decay
 
-    def update(self, step: int, used: float) -> None:
+    def update(self, step: int, lr_scale: float) -> None:
         self._move(1.0 - min(self.decay, (self.updates + 1) / (self.updates + 10.0)))
 
 
 class Swa(Average):
-    """Stochastic weight averaging (Izmailov 2018): the plain mean of the weights after every SWA_EVERY-th step from
-    when the learning rate has fallen to SWA_START_FRAC."""
+    """Stochastic weight averaging (Izmailov 2018): the plain mean of the weights after every `every`-th step from
+    when the learning rate has fallen to the fraction `start_frac` of itself."""
 
-    def __init__(self, parameters: Iterable[Tensor], settings: Settings):
+    def __init__(self, parameters: Iterable[Tensor], every: int, start_frac: float):
         super().__init__(parameters)
-        self.settings = settings
+        self.every, self.start_frac = every, start_frac
 
-    def update(self, step: int, used: float) -> None:
-        if step % self.settings.swa_every == 0 and lr_scale(self.settings, used) <= self.settings.swa_start_frac:
+    def update(self, step: int, lr_scale: float) -> None:
+        if step % self.every == 0 and lr_scale <= self.start_frac:
             self._move(1.0 / (self.updates + 1))
 
 
-def make_average(parameters: Iterable[Tensor], settings: Settings) -> Average | None:
-    if settings.ema_decay:
-        return Ema(parameters, settings.ema_decay)
-    return Swa(parameters, settings) if settings.swa_every else None
+def make_average(
+    parameters: Iterable[Tensor], *, ema_decay: float, swa_every: int, swa_start_frac: float
+) -> Average | None:
+    if ema_decay:
+        return Ema(parameters, ema_decay)
+    return Swa(parameters, swa_every, swa_start_frac) if swa_every else None

@@ -1,9 +1,9 @@
 """What training minimises: the mean cross-entropy of the next token, or one of its variants.
 
-- BYTE_WEIGHTED_LOSS: each token's loss counts by the bytes of text it stands for; one without bytes counts as one,
-  for its nats are scored as well.
-- MTP_TOKENS=k: the same logits are also asked for the k tokens after the next one, at a weight that falls from
-  MTP_LOSS_WEIGHT to 0 over the budget (as in modded-nanogpt; no parameters of its own). Nothing is asked of a document
+- with a byte table (BYTE_WEIGHTED_LOSS) each token's loss counts by the bytes of text it stands for; one without bytes
+  counts as one, for its nats are scored as well.
+- `ahead` tokens (MTP_TOKENS): the same logits are also asked for the tokens after the next one, at a weight that falls
+  from `weight` to 0 over the budget (as in modded-nanogpt; no parameters of its own). Nothing is asked of a document
   about the one after it, but its BOS.
 
 What is minimised and logged as train_loss then differs from what is scored.
@@ -15,22 +15,17 @@ from torch import Tensor, nn
 from pgolf import ops
 from pgolf.data.tokenizer import ByteTable
 from pgolf.model import Model
-from pgolf.settings import Settings
 
 
 class TrainingLoss(nn.Module):
     """(inputs, targets (rows, length), cu_seqlens, max_seqlen) -> the mean loss in float32, a scalar."""
 
-    def __init__(self, model: Model, settings: Settings, byte_table: ByteTable | None = None):
+    def __init__(self, model: Model, ahead: int = 0, weight: float = 0.0, byte_table: ByteTable | None = None):
         super().__init__()
         self.model = model
-        self.ahead, self.weight = settings.mtp_tokens, settings.mtp_loss_weight
+        self.ahead, self.weight = ahead, weight
         self.ahead_weight = torch.full((), self.weight, device=model.embedding.device)
-        self.table: ByteTable | None = None
-        if settings.byte_weighted_loss:
-            if byte_table is None:
-                raise ValueError("BYTE_WEIGHTED_LOSS=1 needs byte_table, the tokenizer's")
-            self.table = byte_table.to(model.embedding.device)
+        self.table = byte_table.to(model.embedding.device) if byte_table else None
 
     def set_progress(self, used: float) -> None:
         """The fraction of the budget that is used. The host does not wait for the device."""

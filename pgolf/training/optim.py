@@ -1,6 +1,7 @@
 """One optimiser step over all ranks: Muon on banks of matrices, AdamW on everything else."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,51 @@ from pgolf.settings import Settings
 from pgolf.training.checkpoint import check_tensors
 from pgolf.training.muon import ALONE, Muon
 
-__all__ = ["Muon", "Optimisers", "make_optimisers"]
+__all__ = ["Muon", "OptimiserConfig", "Optimisers", "make_optimisers"]
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    matrix_lr: float  # Muon's
+    muon_momentum: float
+    muon_steps: int  # of Newton-Schulz
+    muon_coefficients: str
+    muon_row_normalize: bool
+    muon_weight_decay: float
+    muon_beta2: float
+    muon_renormalize: str
+    late_layer: int  # Split-LR: from this layer on,
+    late_lr_mult: float  # matrices learn at so many times `matrix_lr`
+    embedding_lr: float  # AdamW's
+    embedding_weight_decay: float
+    small_lr: float  # AdamW's, of the small parameters
+    small_weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    clip_norm: float  # of all gradients; 0: any
+
+    @classmethod
+    def of(cls, settings: Settings) -> "OptimiserConfig":
+        s = settings
+        return cls(
+            matrix_lr=s.matrix_lr,
+            muon_momentum=s.muon_momentum,
+            muon_steps=s.muon_backend_steps,
+            muon_coefficients=s.muon_coefficients,
+            muon_row_normalize=s.muon_row_normalize,
+            muon_weight_decay=s.muon_weight_decay,
+            muon_beta2=s.muon_beta2,
+            muon_renormalize=s.muon_renormalize,
+            late_layer=s.muon_late_layer,
+            late_lr_mult=s.muon_late_lr_mult,
+            embedding_lr=s.tied_embed_lr,
+            embedding_weight_decay=s.embed_weight_decay,
+            small_lr=s.scalar_lr,
+            small_weight_decay=s.adam_weight_decay,
+            betas=(s.beta1, s.beta2),
+            eps=s.adam_eps,
+            clip_norm=s.grad_clip_norm,
+        )
 
 
 class Optimisers:
@@ -111,17 +156,17 @@ class Optimisers:
             raise ValueError(f"{name}: negative where it cannot be")
 
 
-def lr_multipliers(banks: Iterable[Tensor], settings: Settings) -> list[Tensor]:
-    """Split-LR: layers from MUON_LATE_LAYER on move at MUON_LATE_LR_MULT times the rate. A bank holds all layers once,
-    or twice one after the other."""
+def lr_multipliers(banks: Iterable[Tensor], num_layers: int, late_layer: int, late_lr_mult: float) -> list[Tensor]:
+    """Split-LR: layers from `late_layer` on move at `late_lr_mult` times the rate. A bank holds all layers once, or
+    twice one after the other."""
     result = []
     for bank in banks:
-        layers = torch.arange(len(bank)) % settings.num_layers
-        result.append(torch.where(layers >= settings.muon_late_layer, settings.muon_late_lr_mult, 1.0))
+        layers = torch.arange(len(bank)) % num_layers
+        result.append(torch.where(layers >= late_layer, late_lr_mult, 1.0))
     return result
 
 
-def make_optimisers(model: Model, settings: Settings, ranks: Ranks = ALONE, compiled: bool = False) -> Optimisers:
+def make_optimisers(model: Model, config: OptimiserConfig, ranks: Ranks = ALONE, compiled: bool = False) -> Optimisers:
     """Muon on the banks, AdamW on embeddings and small parameters."""
     named = dict(model.named_parameters())
     banks = {name: p for name, p in named.items() if name.endswith("_bank")}
@@ -129,26 +174,26 @@ def make_optimisers(model: Model, settings: Settings, ranks: Ranks = ALONE, comp
     small = [p for name, p in named.items() if role_of(name) == "control"]
     muon = Muon(
         banks.values(),
-        lr=settings.matrix_lr,
-        momentum=settings.muon_momentum,
-        steps=settings.muon_backend_steps,
-        coefficients=settings.muon_coefficients,
-        row_normalize=settings.muon_row_normalize,
-        weight_decay=settings.muon_weight_decay,
+        lr=config.matrix_lr,
+        momentum=config.muon_momentum,
+        steps=config.muon_steps,
+        coefficients=config.muon_coefficients,
+        row_normalize=config.muon_row_normalize,
+        weight_decay=config.muon_weight_decay,
         dtype=model.dtype,
-        beta2=settings.muon_beta2,
-        renormalize=settings.muon_renormalize,
-        lr_multipliers=lr_multipliers(banks.values(), settings),
+        beta2=config.muon_beta2,
+        renormalize=config.muon_renormalize,
+        lr_multipliers=lr_multipliers(banks.values(), model.config.num_layers, config.late_layer, config.late_lr_mult),
         ranks=ranks,
         compiled=compiled,
     )
     adam = torch.optim.AdamW(
         [
-            {"params": embeddings, "lr": settings.tied_embed_lr, "weight_decay": settings.embed_weight_decay},
-            {"params": small, "lr": settings.scalar_lr, "weight_decay": settings.adam_weight_decay},
+            {"params": embeddings, "lr": config.embedding_lr, "weight_decay": config.embedding_weight_decay},
+            {"params": small, "lr": config.small_lr, "weight_decay": config.small_weight_decay},
         ],
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.adam_eps,
+        betas=config.betas,
+        eps=config.eps,
         fused=True,
     )
-    return Optimisers(muon, adam, settings.grad_clip_norm)
+    return Optimisers(muon, adam, config.clip_norm)

@@ -1,6 +1,6 @@
 """Quantisation-aware training: the forward pass sees banks rounded to the grid that `QUANTIZER=rtn` and GPTQ store.
 
-With limit = 2^(MATRIX_BITS - 1) - 1 and a row's scale s by the rule of `ops.gptq`, w becomes s r(w / s), clipped to
+With limit = 2^(bits - 1) - 1 and a row's scale s by the rule of `ops.gptq`, w becomes s r(w / s), clipped to
 ±limit s:
 
 - `ste`: r rounds to nearest, and the gradient passes as if it did not (straight-through estimator, Bengio 2013);
@@ -12,13 +12,13 @@ which the compiler guards: switching it takes another graph, which warm-up has m
 that it changes without one.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from pgolf.model import role_of
 from pgolf.ops.gptq import SMALLEST_SCALE, row_deviation
-from pgolf.quantization.config import QuantizationConfig
-from pgolf.settings import Settings
 
 SOFTEST, SHARPEST = 1.0, 16.0
 
@@ -26,10 +26,10 @@ SOFTEST, SHARPEST = 1.0, 16.0
 class FakeQuantize:
     """Called with (name, bank (B, M, N) float32), gives the bank as it would be stored and read back, float32."""
 
-    def __init__(self, settings: Settings, device: torch.device):
-        self.limit = 2 ** (settings.matrix_bits - 1) - 1
-        self.soft = settings.qat == "soft_round"
-        self.clip_sigmas = QuantizationConfig.of(settings).clip_sigmas
+    def __init__(self, form: str, bits: int, clip_sigmas: Mapping[str, float], device: torch.device):
+        self.limit = 2 ** (bits - 1) - 1
+        self.soft = form == "soft_round"
+        self.clip_sigmas = clip_sigmas  # of each role whose matrices are quantized
         self.sharpness = torch.full((), SOFTEST, device=device)
 
     def set_progress(self, fraction: float) -> None:

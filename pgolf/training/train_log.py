@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from pgolf.runtime.clock import Stopwatch
-from pgolf.settings import Settings
 from pgolf.training.recorder import Recorder
 
 FIRST_STEPS = 10  # each is logged
@@ -16,10 +15,11 @@ DIVERGED_STEPS = 10  # so many losses in a row that are not finite: the weights 
 
 
 class TrainLog:
-    """Of the first steps and every TRAIN_LOG_EVERY-th. The loss of every step is looked at."""
+    """Of the first steps and every `every`-th; 0: of none. The loss of every step is looked at."""
 
-    def __init__(self, run: Recorder, settings: Settings, watch: Stopwatch):
-        self.run, self.settings, self.watch = run, settings, watch
+    def __init__(self, run: Recorder, watch: Stopwatch, *, every: int, iterations: int, batch_tokens: int):
+        self.run, self.watch = run, watch
+        self.every, self.iterations, self.batch_tokens = every, iterations, batch_tokens
         self.waiting: deque[tuple[int, Tensor, float, Any]] = deque()
         self.lost = 0  # steps on end whose loss was not finite, up to the last one that is known
 
@@ -48,12 +48,11 @@ class TrainLog:
         """Of a step that is done; its `loss` lies in the host's memory."""
         value = float(loss)
         self.lost = 0 if math.isfinite(value) else self.lost + 1
-        every = self.settings.train_log_every
-        if not every or not (step <= FIRST_STEPS or step % every == 0):
+        if not self.every or not (step <= FIRST_STEPS or step % self.every == 0):
             return
         seconds = self.watch.seconds(mark)
         self.run.log(
-            f"step:{step}/{self.settings.iterations} train_loss:{value:.4f} "
+            f"step:{step}/{self.iterations} train_loss:{value:.4f} "
             f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
         )
         self.run.metric(
@@ -63,5 +62,5 @@ class TrainLog:
             lr_scale=scale,
             train_seconds=seconds,
             step_ms=1000 * seconds / step,
-            tokens_seen=step * self.settings.train_batch_tokens,
+            tokens_seen=step * self.batch_tokens,
         )

@@ -20,6 +20,7 @@ from pgolf.errors import Interrupted, ScoreError, UserError
 from pgolf.evaluation.scoring import Score
 from pgolf.model import Model
 from pgolf.model.flops import flops_per_token
+from pgolf.quantization.config import QuantizationConfig
 from pgolf.runtime.clock import Clock, Stopwatch
 from pgolf.runtime.machine import allow_compilations, compilations
 from pgolf.runtime.ranks import LostProcess, Ranks
@@ -30,10 +31,10 @@ from pgolf.training.averaging import make_average
 from pgolf.training.checkpoint import CHECKPOINT
 from pgolf.training.checkpoint_writer import CheckpointWriter
 from pgolf.training.losses import TrainingLoss
-from pgolf.training.optim import make_optimisers
+from pgolf.training.optim import OptimiserConfig, make_optimisers
 from pgolf.training.qat import FakeQuantize
 from pgolf.training.recorder import Aborted, Diverged, Recorder
-from pgolf.training.schedule import Phase, fraction_where, lr_scale, phase_at, phases
+from pgolf.training.schedule import Phase, Schedule
 from pgolf.training.step_budget import StepBudget
 from pgolf.training.train_log import DIVERGED_STEPS, TrainLog
 
@@ -53,14 +54,28 @@ class Trainer:
         byte_table: ByteTable | None = None,  # for BYTE_WEIGHTED_LOSS
     ):
         self.model, self.loader, self.settings, self.ranks, self.run = model, loader, settings, ranks, run
+        self.schedule = Schedule.of(settings)
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda")
         # On CPU torch 2.13 cannot compile Muon's row normalisation, and there is nothing to win.
-        self.optimisers = make_optimisers(model, settings, ranks, self.compiled and self.device.type == "cuda")
-        self.average = make_average(self.parameters, settings)
-        self.quantized = None if settings.qat == "none" else FakeQuantize(settings, self.device)
-        self.training_loss = TrainingLoss(model, settings, byte_table)
+        self.optimisers = make_optimisers(
+            model, OptimiserConfig.of(settings), ranks, compiled=self.compiled and self.device.type == "cuda"
+        )
+        self.average = make_average(
+            self.parameters,
+            ema_decay=settings.ema_decay,
+            swa_every=settings.swa_every,
+            swa_start_frac=settings.swa_start_frac,
+        )
+        self.quantized: FakeQuantize | None = None
+        if settings.qat != "none":
+            clip_sigmas = QuantizationConfig.of(settings).clip_sigmas
+            self.quantized = FakeQuantize(settings.qat, settings.matrix_bits, clip_sigmas, self.device)
+        if settings.byte_weighted_loss and byte_table is None:
+            raise ValueError("BYTE_WEIGHTED_LOSS=1 needs byte_table, the tokenizer's")
+        weights = byte_table if settings.byte_weighted_loss else None
+        self.training_loss = TrainingLoss(model, settings.mtp_tokens, settings.mtp_loss_weight, weights)
         self.loss: Callable[..., torch.Tensor] = self.training_loss
         self.cuda_graphs = cuda_graphs.choose_cuda_graphs(settings.cuda_graphs, self.device, self.compiled)
         if self.compiled:
@@ -93,10 +108,10 @@ class Trainer:
     def _enter(self, used: float) -> None:
         """Whatever depends on the fraction of the budget that is used; nothing waits for the device."""
         self.training_loss.set_progress(used)
-        start = fraction_where(self.settings, self.settings.late_qat_threshold)
-        if self.quantized and used >= start:
-            self.quantized.set_progress((used - start) / max(1.0 - start, 1e-9))
-        self._set(phase_at(self.settings, used))
+        phase = self.schedule.phase_at(used)
+        if self.quantized and phase.quantized:
+            self.quantized.set_progress(self.schedule.quantized_progress(used))
+        self._set(phase)
 
     def _set(self, phase: Phase) -> None:
         self.phase = phase
@@ -110,7 +125,7 @@ class Trainer:
         steps, skipped = self.settings.warmup_steps, cuda_graphs.skipped()
         if self.cuda_graphs and steps:
             steps = max(steps, cuda_graphs.WARMUP_STEPS)
-        for phase in reversed(phases(self.settings)):  # the first, with which training begins, is timed last
+        for phase in reversed(self.schedule.phases()):  # the first, with which training begins, is timed last
             self._set(phase)
             for _ in range(steps):
                 begin = time.perf_counter()
@@ -160,18 +175,24 @@ class Trainer:
         settings = self.settings
         watch, clock = Stopwatch(self.device, self.used_seconds), Clock(self.used_seconds, self.step_seconds)
         budget = StepBudget(self.ranks, watch, clock, settings.iterations, self.train_limit_seconds, self.step)
-        log = TrainLog(self.run, settings, watch)
+        log = TrainLog(
+            self.run,
+            watch,
+            every=settings.train_log_every,
+            iterations=settings.iterations,
+            batch_tokens=settings.train_batch_tokens,
+        )
         self.saved_at_seconds = self.used_seconds
         while self._goes_on(budget, log):
             used = budget.used(self.step)
-            scale = lr_scale(settings, used)
+            scale = self.schedule.lr_scale(used)
             self._before_warmdown(scale)
             begin = time.perf_counter()
             self._enter_and_tell(used)
             loss = self.take_step(scale)
             self._count_step()
             if self.average:
-                self.average.update(self.step, used)
+                self.average.update(self.step, scale)
             budget.count(log.add(self.step, loss, scale), time.perf_counter() - begin)
             if self._validation_due():
                 log.write_all()
@@ -280,10 +301,7 @@ class Trainer:
             loss = self.loss(*batch) * (batch.targets.numel() / settings.train_batch_tokens)
             loss.backward()
             total += loss.detach()
-        warm_up = settings.muon_momentum_warmup_steps
-        fraction = min(self.step / warm_up, 1.0) if warm_up else 1.0
-        start = settings.muon_momentum_warmup_start
-        self.optimisers.set_rates(scale, momentum=start + fraction * (settings.muon_momentum - start))
+        self.optimisers.set_rates(scale, momentum=self.schedule.muon_momentum(self.step))
         if self.average:
             self.average.join()
         return self.optimisers.step(total)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pgolf.errors import ScoreError
-from pgolf.evaluation.ngram import evaluate_ngram, gathered
+from pgolf.evaluation.ngram import NgramConfig, evaluate_ngram, gathered
 from pgolf.evaluation.ngram_cache import NgramCache, tilt
 from pgolf.evaluation.scoring import evaluate, target_losses
 from pgolf.evaluation.windows import ScoringBatches
@@ -27,14 +27,14 @@ WINDOWS = [(0, None), (5, None), (0, BOS), (5, BOS)]  # stride, and BOS where do
 WORLD_SIZES = (2, 3)
 
 
-def setting(mode: str):
-    environ = {"MODEL_DIM": "32", "NUM_LAYERS": "2", "VOCAB_SIZE": "50", "TRAIN_SEQ_LEN": "16", "VAL_BATCH_SIZE": "48"}
+def config(mode: str) -> NgramConfig:
     order = {"NGRAM_ORDER": "4"} if mode == "tilt" else {}
-    return load_settings({"PRESET": "demo", "NGRAM": mode, **environ, **order})
+    return NgramConfig.of(load_settings({"PRESET": "demo", "NGRAM": mode, **order}))
 
 
 def model_and_data():
-    model = Model(ModelConfig.of(setting("pyp"))).initialise(torch.Generator().manual_seed(0))
+    environ = {"PRESET": "demo", "MODEL_DIM": "32", "NUM_LAYERS": "2", "VOCAB_SIZE": "50", "TRAIN_SEQ_LEN": "16"}
+    model = Model(ModelConfig.of(load_settings(environ))).initialise(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     phrases = torch.randint(2, 50, (6, 20), generator=generator)
     phrases[:2, 0] = BOS
@@ -48,7 +48,7 @@ def scores(ranks: Ranks) -> list:
     model, data = model_and_data()
     split = data.val_tokens, data.val_token_bytes
     alone = [evaluate(model, *split, 16, 48, ranks, stride=stride, bos_id=bos_id) for stride, bos_id in WINDOWS]
-    return alone + [score for mode in MODES for score in evaluate_ngram(model, *split, setting(mode), ranks)]
+    return alone + [score for mode in MODES for score in evaluate_ngram(model, *split, config(mode), 16, 48, ranks)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -57,7 +57,7 @@ def test_a_model_that_computes_no_numbers_has_no_score(mode):
     with torch.no_grad():
         model.attn_scale.fill_(torch.nan)
     with pytest.raises(ScoreError, match="the model computes no finite numbers"):
-        evaluate_ngram(model, data.val_tokens, data.val_token_bytes, setting(mode), ALONE)
+        evaluate_ngram(model, data.val_tokens, data.val_token_bytes, config(mode), 16, 48, ALONE)
 
 
 def work(rank: int, folder: Path) -> None:
@@ -75,7 +75,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_it_is_the_cache_on_the_models_probabilities(mode):
     model, data = model_and_data()
-    base, mixed = evaluate_ngram(model, data.val_tokens, data.val_token_bytes, setting(mode), ALONE)
+    base, mixed = evaluate_ngram(model, data.val_tokens, data.val_token_bytes, config(mode), 16, 48, ALONE)
     tokens, targets = data.val_tokens, data.val_tokens[1:].numpy()
     plain = evaluate(model, tokens, data.val_token_bytes, 16, 48, ALONE)
     assert (base.tokens, base.bytes) == (mixed.tokens, mixed.bytes) == (plain.tokens, plain.bytes)

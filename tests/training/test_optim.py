@@ -13,7 +13,7 @@ from pgolf import ops
 from pgolf.data.loader import TokenLoader
 from pgolf.model import Model, ModelConfig
 from pgolf.settings import load_settings
-from pgolf.training.optim import Muon, make_optimisers
+from pgolf.training.optim import Muon, OptimiserConfig, make_optimisers
 
 
 def test_one_step_is_the_formula():
@@ -193,7 +193,7 @@ def test_rates_of_banks_and_layers_multiply():
 
 def test_split_lr_speeds_up_late_layers():
     settings = load_settings({"PRESET": "demo", "MUON_LATE_LAYER": "2", "MUON_LATE_LR_MULT": "1.2"})
-    muon = make_optimisers(Model(ModelConfig.of(settings)), settings).muon
+    muon = make_optimisers(Model(ModelConfig.of(settings)), OptimiserConfig.of(settings)).muon
     assert {len(rates): rates.flatten().tolist() for rates in muon.multipliers} == {
         6: pytest.approx([1, 1, 1.2] * 2),
         3: pytest.approx([1, 1, 1.2]),
@@ -264,7 +264,7 @@ def test_muon_beats_adamw_everywhere(tiny_data):
         settings = load_settings({"PRESET": "demo", "MATRIX_LR": str(rate), **environ})
         loader = TokenLoader(shards, 64, 1024, 0, vocab_size=320)
         model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(0))
-        optimisers = make_optimisers(model, settings)
+        optimisers = make_optimisers(model, OptimiserConfig.of(settings))
         adam = optimisers.adam
         if not muon:
             adam.add_param_group({"params": optimisers.muon.banks, "lr": rate, "weight_decay": 0.05})
@@ -292,6 +292,6 @@ def test_muon_beats_adamw_everywhere(tiny_data):
 def test_every_parameter_has_one_optimiser():
     settings = load_settings({"PRESET": "demo"})
     model = Model(ModelConfig.of(settings))
-    optimisers = make_optimisers(model, settings)
+    optimisers = make_optimisers(model, OptimiserConfig.of(settings))
     owned = [p for o in (optimisers.muon, optimisers.adam) for group in o.param_groups for p in group["params"]]
     assert len(owned) == len({id(p) for p in owned}) == len(list(model.parameters()))

@@ -139,6 +139,11 @@ def test_validation_comes_when_asked_for_and_stops_the_clock(trainer):
     assert t.used_seconds < 1.0
 
 
+def test_a_loss_weighted_by_bytes_needs_the_tokenizers(trainer):
+    with pytest.raises(ValueError, match="byte_table"):
+        trainer(BYTE_WEIGHTED_LOSS="1")
+
+
 def test_a_budget_below_one_step_is_refused(trainer):
     t = trainer(MAX_WALLCLOCK_SECONDS="0.0001", GPTQ_RESERVE_SECONDS="0")
     t.warm_up()

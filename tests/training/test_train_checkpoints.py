@@ -13,7 +13,6 @@ from small_trainer import make_trainer, no_score, weights
 from pgolf.errors import DataError, UserError
 from pgolf.training import checkpoint
 from pgolf.training.recorder import Diverged
-from pgolf.training.schedule import lr_scale
 
 
 @pytest.fixture
@@ -27,10 +26,10 @@ def test_checkpoint_continues_exactly(trainer):
     whole.train(no_score)
     first = trainer(ITERATIONS="6")
     for _ in range(3):
-        used = first.step / first.settings.iterations
-        first.take_step(lr_scale(first.settings, used))
+        scale = first.schedule.lr_scale(first.step / first.settings.iterations)
+        first.take_step(scale)
         first.step += 1
-        first.average.update(first.step, used)
+        first.average.update(first.step, scale)
     first.save()
     second = trainer(ITERATIONS="6")
     second.warm_up()
