@@ -185,7 +185,7 @@ def _check(state: Any) -> None:
         raise ValueError("optimisers: expected a list of states")
 
 
-def check_number(name: str, value: Any, kind: type, most: float) -> None:
+def check_number(name: str, value: Any, kind: type[int] | type[float], most: float) -> None:
     """`value` must be a plain `kind`, finite, and 0 to `most`."""
     if type(value) is not kind:
         raise ValueError(f"{name} is {type(value).__name__}, expected {kind.__name__}")
