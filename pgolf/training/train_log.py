@@ -1,5 +1,5 @@
-"""Lines and metrics about single steps, and whether training still goes anywhere, told when the device has got there,
-so that nobody waits for it."""
+"""Lines and metrics about single steps, and whether the loss diverged. Each is told once the device is done with the
+step, so that nothing waits for it."""
 
 import math
 from collections import deque

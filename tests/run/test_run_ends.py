@@ -6,6 +6,7 @@ import math
 import re
 import signal
 import sys
+import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -19,7 +20,6 @@ from pgolf.artifact.model import model_from_artifact
 from pgolf.errors import UserError
 from pgolf.quantization.calibration import collect_hessians
 from pgolf.run.record import Run
-from pgolf.runtime import files
 from pgolf.runtime.files import Lines, WriteError
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import load_settings
@@ -50,14 +50,14 @@ def full_for(monkeypatch, *names: str) -> None:
     def full(lines, line):
         raise WriteError(lines.path, OSError(errno.ENOSPC, "No space left on device"))
 
-    replacing, add = files._replacing, Lines.add
+    mkstemp, add = tempfile.mkstemp, Lines.add
 
-    def refusing(path, *rest):
-        if path.name in names:
+    def refusing(suffix=None, prefix=None, dir=None, text=False):
+        if prefix in {f".{name}." for name in names}:  # the temporary file that takes the name in the end
             raise OSError(errno.ENOSPC, "No space left on device")
-        return replacing(path, *rest)
+        return mkstemp(suffix, prefix, dir, text)
 
-    monkeypatch.setattr(files, "_replacing", refusing)
+    monkeypatch.setattr(tempfile, "mkstemp", refusing)
     monkeypatch.setattr(Lines, "add", lambda self, line: (full if self.path.name in names else add)(self, line))
 
 

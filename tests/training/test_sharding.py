@@ -1,4 +1,4 @@
-"""Muon over several processes: even work, one result at every number of ranks, and a clear end when one is lost."""
+"""Muon over several processes: even work, one result at every number of ranks, and a clear end when a rank fails."""
 
 import math
 import os
@@ -213,7 +213,7 @@ def test_clipping_is_that_of_one_process_in_plain_pytorch():
         torch.testing.assert_close(two, one.detach(), rtol=1e-6, atol=1e-6)
 
 
-# A lost process
+# Rank failure
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
