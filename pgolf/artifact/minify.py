@@ -21,7 +21,8 @@ def minified(source: str) -> str:
     docstrings = _docstrings(source, lines)
     written: list[str] = []
     line, level, strings = "", 0, 0  # `strings`: how many formatted strings are open
-    before, docstring_end = None, (0, 0)
+    before: tokenize.TokenInfo | None = None
+    docstring_end = 0, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         level += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
         if token.type == tokenize.NEWLINE and line:
@@ -35,7 +36,7 @@ def minified(source: str) -> str:
             if not needed:
                 continue
             text = "pass"
-        if not line:
+        if before is None or not line:
             line = " " * level + text
         else:
             line += _space(lines, before, token, bool(strings)) + text
@@ -52,6 +53,8 @@ def _docstrings(source: str, lines: list[str]) -> dict[Position, tuple[Position,
             continue
         if ast.get_docstring(node, clean=False) is not None:
             first, *rest = node.body
+            assert first.end_lineno is not None
+            assert first.end_col_offset is not None
             shares_line = bool(rest) and rest[0].lineno == first.end_lineno
             start, end = (
                 (line, len(lines[line - 1].encode()[:column].decode()))  # from bytes, as ast counts, to letters

@@ -31,7 +31,7 @@ def find_texts(names: Sequence[str | os.PathLike[str]]) -> list[str]:
     Hidden files and folders are passed over, and links to folders are not followed.
     """
     found = []
-    for name in map(os.fspath, names):
+    for name in [os.fspath(name) for name in names]:
         if name == STDIN or not os.path.isdir(name):
             found.append(name)
             continue

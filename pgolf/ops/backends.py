@@ -218,7 +218,9 @@ def check_environment(operations: Iterable[str], device_type: str) -> None:
     """Refuse now what PGOLF_BACKEND would make each of `operations` refuse when it is called there, perhaps much later
     and by the compiler, which adds pages to the line."""
     forced = _forced_by_environment()
-    for op in operations if forced else ():
+    if forced is None:
+        return
+    for op in operations:
         found = _availability(op, forced, device_type)
         if not found.ok:
             raise BackendUnavailable(f"PGOLF_BACKEND={forced}: {found.reason}, and this run needs {op}")

@@ -109,8 +109,8 @@ class Run(RunLog):
         sys.unraisablehook = self._on_unraisable
         if self.own and self.own.notice:
             self.log(self.own.notice)
-        for name, value in sorted(self.settings.model_dump().items()):
-            self.log(f"setting {name}:{value}", console=False)
+        for setting, value in sorted(self.settings.model_dump().items()):
+            self.log(f"setting {setting}:{value}", console=False)
         return self
 
     def _take_folder(self) -> None:

@@ -58,7 +58,7 @@ TINY = {
     "PYTHONPATH": str(ROOT),
 }
 TRACES = ("Traceback", "Exception ignored", "Fatal Python error", "terminate called")
-TALK_SECONDS = 0.02
+SYNCHRONISE_SECONDS = 0.02
 VAL_BYTES = 3000  # of the demo's validation text
 
 
@@ -78,7 +78,7 @@ def preload() -> None:
     packed_code._script = lambda: SCRIPT
     packed_code.code_files = functools.cache(packed_code.code_files)
     packed_code.pack_code()
-    clock.TALK_SECONDS = TALK_SECONDS
+    clock.SYNCHRONISE_SECONDS = SYNCHRONISE_SECONDS
     documents = made_up_documents()
     prepare.demo_documents = lambda: documents
     prepare.DEMO_VAL_BYTES = VAL_BYTES
