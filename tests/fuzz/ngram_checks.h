@@ -4,7 +4,7 @@
 #include <cmath>
 #include <memory>
 
-#include "ngram_cache.h"
+#include "ngram/ngram_cache.h"
 #include "target.h"
 
 namespace fuzz {
