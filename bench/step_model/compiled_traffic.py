@@ -14,12 +14,13 @@ import torch._inductor.config
 from torch import Tensor
 from torch._inductor.scheduler import Scheduler
 
-from pgolf.model import norm, rotate
-from pgolf.model.attention_gate import gate_heads
+from pgolf.model import norm
 from pgolf.model.residual import merge_lanes, mix_with_embedding, route_to_lanes
 from pgolf.model.skips import add_skip
-from pgolf.model.smear_gate import smear
-from pgolf.model.xsa import exclude_self
+from pgolf.ops.embedding_smear_norm import embedding_smear_norm_reference
+from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
+from pgolf.ops.qkv_norm_rope import qkv_norm_rope_reference
+from pgolf.ops.xsa_gate import xsa_gate_reference
 
 TOKENS, DIM, VOCABULARY = 4096, 512, 341  # of tokens to a row of the table as in the record
 X = TOKENS * DIM * 2
@@ -62,7 +63,7 @@ def merge(first, second, attention, mlp, keep, post):
 
 
 def embed(table, tokens, weight, strength, starts):
-    return (norm(smear(torch.nn.functional.embedding(tokens, table), weight, strength, starts)),)
+    return (embedding_smear_norm_reference(tokens, table, weight, strength, starts),)
 
 
 def scaled(function):
@@ -70,19 +71,14 @@ def scaled(function):
     return lambda x, branch, branch_scale, *others: function(x, branch_scale * branch, *others)
 
 
-def qk_norm_rope(q, k, cos, sin, gain):
-    return rotate(norm(q), (cos, sin)) * gain.unsqueeze(-1), rotate(norm(k), (cos, sin))
-
-
 def qkv_norm_rope(projected, cos, sin, gain):
     """8 query and 4 key heads of 64, values for two readers, 8 logits."""
-    q, k, v, logits, _ = projected.split([512, 256, 256, 8, projected.size(-1) - 1032], -1)
-    q, k, v = (part.unflatten(-1, (-1, 64)) for part in (q, k, v))
-    return *qk_norm_rope(q, k, cos, sin, gain), v, v.view_as(v), logits
+    q, k, (v, again), logits = qkv_norm_rope_reference(projected, cos, sin, gain, 4, 64, readers=2, extra=8)
+    return q, k, v, again.view_as(again), logits
 
 
 def xsa_gate(y, v, logits):
-    return (gate_heads(exclude_self(y, v), logits),)
+    return (xsa_gate_reference(y, v, logits),)
 
 
 def cases() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]]:
@@ -93,7 +89,7 @@ def cases() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, 
         return leaf(1, TOKENS, DIM)
 
     heads, keys = leaf(1, TOKENS, 8, 64), leaf(1, TOKENS, 4, 64)
-    tables = torch.randn(2, 1, TOKENS, 1, 8).bfloat16().unbind(0)
+    tables = torch.randn(2, TOKENS, 8).bfloat16().unbind(0)
     skip = stream(), leaf(DIM), leaf(DIM)
     embedding = stream(), leaf(2, DIM)
     residual = {
@@ -115,7 +111,7 @@ def cases() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, 
             f"{name}, scaled": (scaled(function), (stream(), stream(), leaf(DIM), *others))
             for name, (function, others) in residual.items()
         },
-        "qk_norm_rope": (qk_norm_rope, (heads, keys, *tables, leaf(8))),
+        "qk_norm_rope": (qk_norm_rope_reference, (heads, keys, *tables, leaf(8))),
         "qkv_norm_rope": (qkv_norm_rope, (leaf(1, TOKENS, 1088), *tables, leaf(8))),
         "xsa_gate": (xsa_gate, (heads, keys, leaf(1, TOKENS, 8))),
     }

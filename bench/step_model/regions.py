@@ -18,7 +18,7 @@ FUNCTIONS = {
     XSA: {"exclude_self", "gate_heads", "gate_logits"},
     "loss": {"softcapped_cross_entropy", "check_range", "loss"},
     "weights": {"_bank", "_weights", "_join", "gate_rows"},
-    QK: {"rotate", "rotary_tables", "norm in _attend", "norm in _norm_and_rotate", "_norm_and_rotate", "_attend"},
+    QK: {"rotate", "rotary_tables", "qk_norm_rope_reference", "_norm_and_rotate", "_attend"},
 }
 # Parts of the names of our operations that are a region each, and of functions that call them; the first one counts.
 NAMES = {"lane": LANES, "smear": EMBED, "embedding": EMBED, "residual": MIX, "xsa": XSA, "qk": QK, "rope": QK}

@@ -1,7 +1,8 @@
 """The model: a decoder-only transformer whose matrices live in banks, one 3-D parameter a role.
 
 `model.py` is the one forward pass that training, calibration and scoring all call. Each technique is a small pure
-function in a file of its name; `ModelConfig` (config.py) says which are on. A technique that is off has no parameters
+function in a file of its name or, where it has kernels, the definition of an operation in pgolf/ops; `ModelConfig` says
+which are on. A technique that is off has no parameters
 and adds no operation.
 """
 
@@ -9,6 +10,5 @@ from pgolf.model.config import LOOKED_UP, ModelConfig, role_of
 from pgolf.model.glue import choose_fused_glue
 from pgolf.model.model import Model, Observer
 from pgolf.model.norm import norm
-from pgolf.model.rotary import rotate
 
-__all__ = ["LOOKED_UP", "Model", "ModelConfig", "Observer", "choose_fused_glue", "norm", "role_of", "rotate"]
+__all__ = ["LOOKED_UP", "Model", "ModelConfig", "Observer", "choose_fused_glue", "norm", "role_of"]

@@ -3,10 +3,10 @@
     output gate    g = 2 σ(W x[:w])      PR #1667; x is the layer's normalised input, or its query
     sparse gate    g = σ(s W x[:w])      PR #1787; s is SPARSE_ATTN_GATE_SCALE
 
-W (heads, w) begins at 0, w is GATE_WINDOW. The output gate begins at 1, the sparse gate at 1/2.
+W (heads, w) begins at 0, w is GATE_WINDOW. The output gate begins at 1, the sparse gate at 1/2. Here are the logits;
+`gate_heads` (ops/xsa_gate.py) applies them.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,8 +23,3 @@ def gate_rows(weight: Tensor, query: Tensor | None, dim: int) -> Tensor:
     """
     window = weight.size(-1)
     return F.pad(weight, (0, dim - window)) if query is None else weight @ query[..., :window, :]
-
-
-def gate_heads(y: Tensor, logits: Tensor, gain: float = 1.0, scale: float = 1.0) -> Tensor:
-    """y · gain · σ(scale · logits): y (rows, length, heads, head_dim), logits (rows, length, heads)."""
-    return y * (gain * torch.sigmoid(scale * logits)).unsqueeze(-1)

@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from pgolf import ops
 from pgolf.model.attention import attention
-from pgolf.model.attention_gate import gate_heads, gate_logits, gate_rows
+from pgolf.model.attention_gate import gate_logits, gate_rows
 from pgolf.model.bigram_hash import bigram_buckets, bigram_embedding
 from pgolf.model.config import ModelConfig
 from pgolf.model.documents import Documents, packed_documents, rows_as_documents
 from pgolf.model.initialise import initialise
 from pgolf.model.norm import norm
-from pgolf.model.rotary import rotary_tables, rotate, score_scale
-from pgolf.model.smear_gate import smear
-from pgolf.model.softcap import asymmetric_softcap, softcap
+from pgolf.model.rotary import rotary_tables, score_scale
 from pgolf.model.stream import FusedLanes, FusedStream, Lanes, Stream
 from pgolf.model.value_embedding import value_embedding
-from pgolf.model.xsa import exclude_self
+from pgolf.ops.embedding_smear_norm import embedding_smear_norm_reference, smear
+from pgolf.ops.leaky_relu2_mlp import activation
+from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
+from pgolf.ops.softcapped_cross_entropy import soft_cap, softcapped_cross_entropy_reference
+from pgolf.ops.xsa_gate import gate_heads, xsa_gate_reference
 
 # Called with (bank name, index in the bank, input) for every matrix product: how calibration sees the inputs.
 Observer = Callable[[str, int, Tensor], None]
@@ -68,7 +70,7 @@ class Model(nn.Module):
         self.fused: frozenset[str] = frozenset()  # operations between the products: glue.py
         self.looping = config.num_loops > 0  # depth recurrence; a trainer may switch it on late
         self.visits = {looping: config.visits(looping) for looping in (False, True)}
-        self.caps_differ = False  # see softcap.py
+        self.caps_differ = False  # whether test-time training has moved the two softcaps, one for each sign
         self.fake_quantize: Callable[[str, Tensor], Tensor] | None = None  # of (name, bank), once a forward pass
         for name, shape in config.shapes().items():
             self.register_parameter(name, nn.Parameter(torch.ones(shape)))
@@ -113,14 +115,11 @@ class Model(nn.Module):
         """The same from what `forward` returned."""
         if not self.caps_differ:
             return ops.softcapped_cross_entropy(logits, targets, self.config.logit_softcap, reduction)
-        loss = F.cross_entropy(self.capped(logits).flatten(0, -2), targets.long().flatten(), reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+        return softcapped_cross_entropy_reference(logits, targets, self.softcaps, reduction)
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits after the soft-cap, in float32: what probabilities are made of."""
-        if self.caps_differ:
-            return asymmetric_softcap(logits.float(), self.softcaps)
-        return softcap(logits.float(), self.config.logit_softcap)
+        return soft_cap(logits.float(), self.softcaps if self.caps_differ else self.config.logit_softcap)
 
     def _embed(self, tokens: Tensor, embedding: Tensor, documents: Documents) -> Tensor:
         """The first layer's input, (rows, length, dim)."""
@@ -129,8 +128,10 @@ class Model(nn.Module):
             gate = self._cast("smear_gate"), self._cast("smear_lambda")
             if config.smear_gate_bos_fix:
                 starts = starts | (tokens == config.bos_id)
-            if "embedding_smear_norm" in self.fused and not config.bigram_vocab_size:
-                return ops.embedding_smear_norm(tokens, embedding, *gate, starts)
+            if not config.bigram_vocab_size:
+                fused = "embedding_smear_norm" in self.fused
+                embed = ops.embedding_smear_norm if fused else embedding_smear_norm_reference
+                return embed(tokens, embedding, *gate, starts)
         x = F.embedding(tokens, embedding)
         if config.bigram_vocab_size:
             buckets = bigram_buckets(tokens, documents.starts, config.bigram_vocab_size)
@@ -209,7 +210,7 @@ class Model(nn.Module):
             observe("qo_bank", layer.number, h)
             observe("kv_bank", layer.number, h)
             observe("kv_bank", config.num_layers + layer.number, h)
-        gain = layer.gain.unsqueeze(-1)
+        gain = layer.gain
         if (sharpen := score_scale(config.rope_scaling, self._stretch(documents))) != 1.0:
             gain = gain * sharpen
         if layer.joined is not None:
@@ -234,10 +235,9 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """q and k for attention, v for attention and for XSA, and the gate's logits, of one product."""
         config, added = self.config, batch.values.get(layer.number)
-        cos, sin = (table.flatten(0, -2) for table in batch.rotary)
         readers = 2 if added is None and config.excludes_self(layer.number) else 1
         q, k, (v, *again), logits = ops.qkv_norm_rope(
-            projected, cos, sin, gain.squeeze(-1), config.num_kv_heads, config.head_dim, readers, config.gates
+            projected, *batch.rotary, gain, config.num_kv_heads, config.head_dim, readers, config.gates
         )
         if added is not None:
             v = v + added.view_as(v)
@@ -246,25 +246,21 @@ class Model(nn.Module):
     def _norm_and_rotate(
         self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor], gain: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if "qk_norm_rope" in self.fused:
-            cos, sin = (table.flatten(0, -2) for table in rotary)
-            return ops.qk_norm_rope(q, k, cos, sin, gain.squeeze(-1))
-        return rotate(norm(q), rotary) * gain, rotate(norm(k), rotary)
+        norm_and_rotate = ops.qk_norm_rope if "qk_norm_rope" in self.fused else qk_norm_rope_reference
+        return norm_and_rotate(q, k, *rotary, gain)
 
     def _exclude_and_gate(self, layer: Layer, y: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
         config = self.config
         gain, scale = (2.0, 1.0) if config.attn_out_gate_enabled else (1.0, config.sparse_attn_gate_scale)
         if config.excludes_self(layer.number):
-            if "xsa_gate" in self.fused:
-                return ops.xsa_gate(y, v, logits, gain, scale)
-            y = exclude_self(y, v)
+            return (ops.xsa_gate if "xsa_gate" in self.fused else xsa_gate_reference)(y, v, logits, gain, scale)
         return y if logits is None else gate_heads(y, logits, gain, scale)
 
     def _mlp(self, layer: Layer, h: Tensor, observe: Observer | None) -> Tensor:
         slope = self.config.mlp_slope
         if observe:
             observe("up_bank", layer.number, h)
-            observe("down_bank", layer.number, F.leaky_relu(F.linear(h, layer.up), slope).square())
+            observe("down_bank", layer.number, activation(h, layer.up, slope).square())
         return ops.leaky_relu2_mlp(h, layer.up, layer.down, slope)
 
     def _weights(self) -> list[Layer]:

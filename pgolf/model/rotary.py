@@ -19,7 +19,7 @@ FEWEST_TURNS, MOST_TURNS = 1.0, 32.0  # YaRN's alpha and beta
 
 
 def rotary_tables(
-    positions: Tensor,  # (..., length) integer, of each token in its document
+    positions: Tensor,  # (length,) integer, of each token in its document
     dims: int,
     base: float,
     dtype: torch.dtype,
@@ -27,7 +27,7 @@ def rotary_tables(
     stretch: float = 1.0,  # s: the longest document over the length trained at, at least 1
     train_length: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, (..., length, 1, dims / 2) each, computed in float32."""
+    """cos and sin, (length, dims / 2) each, computed in float32."""
     if scaling == "ntk" and stretch > 1.0 and dims > 2:
         base = base * stretch ** (dims / (dims - 2))
     exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device) / dims
@@ -36,19 +36,10 @@ def rotary_tables(
         turns = train_length * frequency / (2 * math.pi)
         kept = ((turns - FEWEST_TURNS) / (MOST_TURNS - FEWEST_TURNS)).clamp(0.0, 1.0)
         frequency = frequency * (kept + (1.0 - kept) / stretch)
-    angle = (positions.to(torch.float32).unsqueeze(-1) * frequency).unsqueeze(-2)
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def score_scale(scaling: str, stretch: float) -> float:
     """What q is to be multiplied by: YaRN sharpens attention over long contexts."""
     return (0.1 * math.log(stretch) + 1.0) ** 2 if scaling == "yarn" and stretch > 1.0 else 1.0
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the first dimensions of x (rows, length, heads, head_dim), as many as the tables have twice over."""
-    cos, sin = rotary
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    parts = [a * cos + b * sin, b * cos - a * sin]
-    return torch.cat([*parts, rest] if rest.size(-1) else parts, dim=-1)

@@ -65,9 +65,14 @@ def leaky_relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = 0.5)
 
 def leaky_relu2_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = 0.5) -> Tensor:
     """The definition in plain PyTorch; arguments as for `leaky_relu2_mlp`."""
-    z = F.linear(x, w_up)  # (..., H)
-    a = F.leaky_relu(z, slope) if slope else F.relu(z)  # 0 · (-inf) would be NaN
+    a = activation(x, w_up, slope)
     return F.linear(a * a, w_down)
+
+
+def activation(x: Tensor, w_up: Tensor, slope: float) -> Tensor:
+    """a of `leaky_relu2_mlp`, (..., H)."""
+    z = F.linear(x, w_up)
+    return F.leaky_relu(z, slope, inplace=True) if slope else F.relu(z, inplace=True)  # 0 · (-inf) would be NaN
 
 
 # The backend travels through the operations as an argument, because it decides what the hidden tensor holds: a backward
@@ -88,8 +93,7 @@ def _forward(
 
         hidden = squares = launch_up(x, w_up, slope)
     else:
-        z = F.linear(x, w_up)
-        hidden = F.leaky_relu(z, slope, inplace=True) if slope else F.relu(z, inplace=True)
+        hidden = activation(x, w_up, slope)
         squares = hidden * hidden
     return F.linear(squares, w_down), hidden
 

@@ -7,10 +7,12 @@ Cost for Q and K bytes of queries and keys: 2 (Q + K) forward and 3 (Q + K) back
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops import backends, checks
-from pgolf.ops.residual_rms_norm import epsilon
+from pgolf.ops.definition import in_full, widened
+from pgolf.ops.residual_rms_norm import epsilon, inverse_rms
 
 backends.register("qk_norm_rope", triton=("cuda",))
 
@@ -60,14 +62,18 @@ def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -
 
 def qk_norm_rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch; arguments as for `qk_norm_rope`."""
-    outs = []
-    for x in (q, k):
-        tokens = math.prod(x.shape[:-2])
-        c, s = (table.repeat(tokens // table.shape[0], 1).unsqueeze(1) for table in (cos, sin))
-        n = torch.nn.functional.rms_norm(x, x.shape[-1:]).reshape(tokens, *x.shape[-2:])
-        a, b, rest = n.split([cos.shape[1], cos.shape[1], x.shape[-1] - 2 * cos.shape[1]], dim=-1)
-        outs.append(torch.cat([a * c + b * s, b * c - a * s, rest], dim=-1).view(x.shape))
-    return (outs[0] * gain.unsqueeze(-1)).to(q.dtype), outs[1].to(k.dtype)
+    turned = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin) * gain.unsqueeze(-1)
+    return turned.to(q.dtype), rotate(F.rms_norm(k, k.shape[-1:]), cos, sin).to(k.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first 2 R values of each head: x (..., heads, D), tables (rows, R) as for `qk_norm_rope`."""
+    rows, half = cos.shape
+    by_row = x.reshape(math.prod(x.shape[:-2]) // max(rows, 1), rows, *x.shape[-2:])
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    a, b, rest = by_row[..., :half], by_row[..., half : 2 * half], by_row[..., 2 * half :]
+    parts = [a * cos + b * sin, b * cos - a * sin]
+    return torch.cat([*parts, rest] if rest.shape[-1] else parts, dim=-1).view(x.shape)
 
 
 @torch.library.custom_op("pgolf::qk_norm_rope", mutates_args=())
@@ -86,12 +92,7 @@ def forward(
 
         constants = (value.contiguous() for value in (cos, sin, gain))
         return launch(by_token(q), by_token(k), *constants, epsilon(q.dtype))
-    outs = []
-    for x, factor in ((q, gain.unsqueeze(-1)), (k, 1.0)):
-        wide, inverse = _normalise(x)
-        a, b, rest, c, s = _parts(wide * (inverse * factor), cos, sin)
-        outs.append(torch.cat([a * c + b * s, b * c - a * s, rest], dim=-1).to(x.dtype))
-    return outs[0], outs[1]
+    return in_full(qk_norm_rope_reference, q, k, cos, sin, gain)
 
 
 @forward.register_fake
@@ -122,25 +123,12 @@ def _(q, k, cos, sin, gain, q_grad, k_grad, backend):
 
 def gradient_in_pytorch(x, cos, sin, grad, factor) -> tuple[Tensor, Tensor]:
     """The gradient of x (T, heads, D), and Σ grad · normalised and rotated x (T, heads)."""
-    wide, inverse = _normalise(x)
-    a, b, rest, c, s = _parts(grad.to(wide.dtype), cos, sin)
-    turned = torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1)
-    along = (turned * wide).sum(-1, keepdim=True) * inverse
-    dx = (turned - wide * (along * inverse / x.shape[-1])) * (inverse * factor)
+    wide = widened(x)
+    inverse = inverse_rms(wide, x.dtype)
+    back = rotate(widened(grad), cos, -sin)
+    along = (back * wide).sum(-1, keepdim=True) * inverse
+    dx = (back - wide * (along * inverse / x.shape[-1])) * (inverse * factor)
     return dx.to(x.dtype), along.squeeze(-1)
-
-
-def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in float32 or wider, and 1 / its length over sqrt(D)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide, (wide.square().mean(-1, keepdim=True) + epsilon(x.dtype)).rsqrt()
-
-
-def _parts(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """a, b and rest of x (T, heads, D), and both tables as (T, 1, R)."""
-    half = cos.shape[1]
-    tables = (table.repeat(x.shape[0] // max(table.shape[0], 1), 1).unsqueeze(1) for table in (cos, sin))
-    return *x.split([half, half, x.shape[-1] - 2 * half], dim=-1), *tables
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -79,16 +79,22 @@ def softcapped_cross_entropy(
 
 
 def softcapped_cross_entropy_reference(
-    logits: Tensor, targets: Tensor, softcap: float = 30.0, reduction: str = "mean", ignore_index: int = -100
+    logits: Tensor, targets: Tensor, softcap: float | Tensor = 30.0, reduction: str = "mean", ignore_index: int = -100
 ) -> Tensor:
-    """The definition in plain PyTorch; arguments as for `softcapped_cross_entropy`."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    capped = softcap * torch.tanh(logits.to(dtype) / softcap)  # (..., V)
+    """The definition in plain PyTorch; arguments as for `softcapped_cross_entropy`, but `softcap` as for `soft_cap`."""
+    capped = soft_cap(logits.to(_wide(logits)), softcap)  # (..., V)
     flat = capped.reshape(-1, capped.shape[-1])  # (T, V)
     losses = F.cross_entropy(
         flat, targets.reshape(-1).long(), reduction=reduction, ignore_index=ignore_index
     )  # () or (T,)
     return losses.reshape(targets.shape) if reduction == "none" else losses
+
+
+def soft_cap(z: Tensor, cap: float | Tensor) -> Tensor:
+    """c tanh(z / c), of one cap or, asymmetrically (PR #1923), of two (2,): for z >= 0 and for z < 0."""
+    if isinstance(cap, Tensor):
+        cap = torch.where(z >= 0, cap[0], cap[1])
+    return cap * torch.tanh(z / cap)
 
 
 @torch.library.custom_op("pgolf::softcapped_cross_entropy", mutates_args=())

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops import backends, checks
+from pgolf.ops.definition import in_full, widened
 
-EPSILON = 1e-12
+EPSILON = 1e-12  # of torch's normalize
 
 backends.register("xsa_gate", triton=("cuda",))
 
@@ -60,9 +61,20 @@ def xsa_gate_reference(
     y: Tensor, v: Tensor, logits: Tensor | None = None, gain: float = 1.0, logit_scale: float = 1.0
 ) -> Tensor:
     """The definition in plain PyTorch; arguments as for `xsa_gate`."""
-    u = F.normalize(v, dim=-1).repeat_interleave(y.shape[-2] // v.shape[-2], dim=-2)
-    out = y - (y * u).sum(-1, keepdim=True) * u
-    return out if logits is None else out * (gain * torch.sigmoid(logit_scale * logits)).unsqueeze(-1)
+    y = exclude_self(y, v)
+    return y if logits is None else gate_heads(y, logits, gain, logit_scale)
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """y - (y · u) u, u = v / |v|, as for `xsa_gate`. The heads of a value are a dimension: v is not repeated."""
+    grouped = y.unflatten(-2, (v.shape[-2], -1))  # (..., kv_heads, heads / kv_heads, D)
+    u = F.normalize(v, dim=-1).unsqueeze(-2)
+    return (grouped - (grouped * u).sum(dim=-1, keepdim=True) * u).flatten(-3, -2)
+
+
+def gate_heads(y: Tensor, logits: Tensor, gain: float = 1.0, scale: float = 1.0) -> Tensor:
+    """y · gain · σ(scale · logits): y (..., heads, D), logits (..., heads)."""
+    return y * (gain * torch.sigmoid(scale * logits)).unsqueeze(-1)
 
 
 @torch.library.custom_op("pgolf::xsa_gate", mutates_args=())
@@ -81,11 +93,7 @@ def _forward(
 
         gates = None if logits is None else by_token(logits)
         return launch(y.contiguous(), by_token(v), gates, gain, logit_scale)
-    grouped, u, _ = _grouped(y, v)
-    out = (grouped - (grouped * u).sum(-1, keepdim=True) * u).flatten(1, 2)
-    if logits is not None:
-        out = out * (gain * torch.sigmoid(logit_scale * logits.to(out.dtype))).unsqueeze(-1)
-    return out.to(y.dtype)
+    return in_full(xsa_gate_reference, y, v, logits, gain, logit_scale)
 
 
 @_forward.register_fake
@@ -104,8 +112,10 @@ def _gradients(
         gates = None if logits is None else by_token(logits)
         dy, dv, dlogits = launch_backward(y.contiguous(), by_token(v), gates, grad.contiguous(), gain, logit_scale)
         return dy, dv, y.new_empty(0) if dlogits is None else dlogits
-    grouped, u, length = _grouped(y, v)
-    e = grad.to(u.dtype).reshape(grouped.shape)
+    values = widened(v).unsqueeze(2)  # (T, kv_heads, 1, D)
+    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    u = values / length.clamp_min(EPSILON)
+    grouped, e = (widened(x).unflatten(1, (v.shape[1], -1)) for x in (y, grad))
     along = (grouped * u).sum(-1, keepdim=True)
     dlogits = y.new_empty(0)
     if logits is not None:
@@ -123,15 +133,6 @@ def _gradients(
 @_gradients.register_fake
 def _(y, v, logits, grad, gain, logit_scale, backend):
     return y.new_empty(y.shape), v.new_empty(v.shape), y.new_empty(0 if logits is None else logits.shape)
-
-
-def _grouped(y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y (T, kv_heads, heads / kv_heads, D), u (T, kv_heads, 1, D) and |v|, in float32 or wider."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    values = v.to(wide).unsqueeze(2)
-    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    grouped = y.to(wide).reshape(*v.shape[:2], y.shape[1] // v.shape[1], y.shape[2])
-    return grouped, values / length.clamp_min(EPSILON), length
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -99,7 +99,7 @@ def test_bytes_of_known_kernels(kernels):
     copies = [
         k.bytes_moved
         for k in kernels
-        if not k.backward and step_regions.functions(k) == {"_attend", "_cast", "_norm_and_rotate", "_rows"}
+        if not k.backward and step_regions.functions(k) == {"_cast", "qk_norm_rope_reference", "_rows"}
     ]
     assert copies == [2 * X + 2 * HEADS] * 2 or copies == [2 * X + 4 * HEADS] * 2
 

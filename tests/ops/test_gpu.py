@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from glue_cases import RECORD as GLUE
+from between_products import RECORD as BETWEEN_PRODUCTS
 from numerics import DTYPES, NO_WORSE, TOLERANCE, relative_error
 from torch import Tensor
 
@@ -185,7 +185,7 @@ def joined(operation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", GLUE.values(), ids=GLUE)
+@pytest.mark.parametrize("case", BETWEEN_PRODUCTS.values(), ids=BETWEEN_PRODUCTS)
 @pytest.mark.usefixtures("poisoned")
 def test_glue_against_float64(case, dtype):
     for tokens in (1, 63, 5000):
@@ -236,7 +236,7 @@ CASES = {
         lambda: head_inputs(4096, 512, 8192, torch.bfloat16),
         lambda *inputs: ops.linear_softcapped_cross_entropy(*inputs, SOFTCAP),
     ),
-    **{name: (glue_maker(case), joined(case.ours)) for name, case in GLUE.items()},
+    **{name: (glue_maker(case), joined(case.ours)) for name, case in BETWEEN_PRODUCTS.items()},
 }
 
 

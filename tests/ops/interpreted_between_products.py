@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from glue_cases import BY_ROW, CASES, exactly, leaves_of, run, upstream_of
+from between_products import CASES
 from numerics import assert_no_worse
+from operation_cases import exactly, leaves_of, run, upstream_of
 
 from pgolf import ops
 
@@ -14,7 +15,7 @@ CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.usefixtures("poisoned")
 def test_forward_and_gradients_against_float64(case, dtype):
-    inputs = case.make(dtype, "cpu", 19 if case.operation in BY_ROW else 37)
+    inputs = case.make(dtype, "cpu", 19 if case.by_row else 37)
     upstream = upstream_of(case, inputs)
     with ops.backend("triton"):
         mine = run(case.ours, inputs, upstream)
