@@ -26,10 +26,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = runpy.run_path(str(ROOT / "pgolf" / "runtime" / "sources.py"))
+SOURCES, HOST = (runpy.run_path(str(ROOT / "pgolf" / "runtime" / name)) for name in ("sources.py", "host.py"))
 ARCH = re.compile(r"\d+[af]?(-real|-virtual)?")
 COMPILER_ERROR = re.compile(r"^(?!CMake).*\b(fatal|error)\b\s*:")
-NO_NVCC = "nvcc was not found (CUDACXX where set, else PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)"
+NO_NVCC = f"nvcc was not found ({HOST['NVCC_PLACES']})"
 
 
 class BuildFailed(Exception):
@@ -51,14 +51,6 @@ def cuda_archs() -> str:
     return " ".join(archs)
 
 
-def find_nvcc() -> str | None:
-    """CUDACXX where it is set, else PATH, else the usual folders."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    chosen = os.environ.get("CUDACXX")
-    names = [chosen] if chosen else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    return next((found for name in names if (found := shutil.which(name))), None)
-
-
 def first_error(output: str) -> str:
     """What a build's output gives as the cause, fit for one line of a terminal and for a C++ string."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
@@ -74,7 +66,7 @@ def first_error(output: str) -> str:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        mode, nvcc = cuda_mode(), find_nvcc()
+        mode, nvcc = cuda_mode(), HOST["find_nvcc"]()
         shutil.rmtree(self.build_temp, ignore_errors=True)  # its cache names the tools of an isolation that is gone
         if mode == "on" and not nvcc:
             sys.exit(f"PGOLF_CUDA=on: {NO_NVCC}")

@@ -13,8 +13,6 @@ up by row of the table.
 Floor for X bytes of results: X forward, 2 X backward, and the table once each.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,23 +20,14 @@ from torch import Tensor
 
 from pgolf.triton_kernels.memory import load_wide, store_narrow
 from pgolf.triton_kernels.rms_norm import inverse_rms, norm_gradient
-from pgolf.triton_kernels.variants import Variant, architecture, programs, signature
+from pgolf.triton_kernels.row_launches import RowLaunch, launch_on, row_grid, row_grid_on_hopper
+from pgolf.triton_kernels.variants import Variant, signature
 
 MOST_COLUMNS = 4096
 # The assertion is compiled in with `debug`, which by itself would also check every addition of integers.
 OPTIONS = {"debug": True, "sanitize_overflow": False}
-
-
-@dataclass(frozen=True)
-class Launch:
-    tile: int  # values of a block of rows
-    num_warps: int
-    programs_per_sm: int  # as many as are resident, forward and
-    backward_programs_per_sm: int
-
-
-LAUNCHES = {90: Launch(tile=1024, num_warps=4, programs_per_sm=8, backward_programs_per_sm=5)}
-SAFE_LAUNCH = Launch(tile=1024, num_warps=4, programs_per_sm=4, backward_programs_per_sm=4)
+LAUNCHES = {90: RowLaunch(tile=1024, num_warps=4, resident=(8, 5))}
+SAFE_LAUNCH = RowLaunch(tile=1024, num_warps=4, resident=(4, 4))
 
 
 @triton.jit
@@ -178,14 +167,13 @@ def launch_backward(
     return drows, partial.sum(0)
 
 
-def _config(x: Tensor) -> Launch:
-    return LAUNCHES.get(architecture(x.device), SAFE_LAUNCH)
+def _config(x: Tensor) -> RowLaunch:
+    return launch_on(x.device, LAUNCHES, SAFE_LAUNCH)
 
 
 def _grid(tokens: Tensor, table: Tensor, backward: bool) -> tuple[int]:
     config = _config(table)
-    blocks = triton.cdiv(tokens.numel(), _constexprs(table.shape[1], config)["ROWS"])
-    return (programs(table.device, blocks, config.backward_programs_per_sm if backward else config.programs_per_sm),)
+    return row_grid(table.device, tokens.numel(), config.rows(table.shape[1]), config.resident[backward])
 
 
 def _sizes(tokens: Tensor, table: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
@@ -193,9 +181,8 @@ def _sizes(tokens: Tensor, table: Tensor, weight: Tensor) -> tuple[int, int, int
     return tokens.numel(), table.shape[1], table.shape[0], weight.numel()
 
 
-def _constexprs(columns: int, config: Launch) -> dict[str, int]:
-    padded = triton.next_power_of_2(columns)
-    return {"ROWS": max(config.tile // padded, 1), "COLUMNS": padded}
+def _constexprs(columns: int, config: RowLaunch) -> dict[str, int]:
+    return {"ROWS": config.rows(columns), "COLUMNS": triton.next_power_of_2(columns)}
 
 
 def _options(x: Tensor) -> dict[str, int | bool]:
@@ -206,8 +193,7 @@ def _variant(backward: bool, rows: int = 98304, vocabulary: int = 8192, columns:
     config, window = LAUNCHES[90], 12
     kernel = embedding_smear_norm_backward_kernel if backward else embedding_smear_norm_kernel
     constexprs = _constexprs(columns, config)
-    per_sm = config.backward_programs_per_sm if backward else config.programs_per_sm
-    grid = min(triton.cdiv(rows, constexprs["ROWS"]), 132 * per_sm)
+    grid = row_grid_on_hopper(rows, constexprs["ROWS"], config.resident[backward])
     types = {"tokens_ptr": "*i64", "starts_ptr": "*u8", "partial_ptr": "*fp32", "eps": "fp32"}
     sums = 2 * 4 * grid * (window + 1) if backward else 0  # written, and read by the sum
     return Variant(

@@ -13,29 +13,18 @@ strides are constants, so that the compiler knows what they are multiples of.
 Floor for Q and K bytes of queries and keys: 2 (Q + K) forward, 3 (Q + K) backward, and the tables.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pgolf.triton_kernels.memory import load_wide, store_narrow
-from pgolf.triton_kernels.variants import Variant, architecture, programs, signature
+from pgolf.triton_kernels.row_launches import RowLaunch, launch_on, row_grid, row_grid_on_hopper
+from pgolf.triton_kernels.variants import Variant, signature
 
 LARGEST_HEAD, MOST_HEADS = 256, 128
-
-
-@dataclass(frozen=True)
-class Launch:
-    tile: int  # values of a block of rows
-    num_warps: int
-    programs_per_sm: int  # as many as are resident, forward and
-    backward_programs_per_sm: int
-
-
-LAUNCHES = {90: Launch(tile=2048, num_warps=4, programs_per_sm=8, backward_programs_per_sm=5)}
-SAFE_LAUNCH = Launch(tile=2048, num_warps=4, programs_per_sm=4, backward_programs_per_sm=4)
+LAUNCHES = {90: RowLaunch(tile=2048, num_warps=4, resident=(8, 5))}
+SAFE_LAUNCH = RowLaunch(tile=2048, num_warps=4, resident=(4, 4))
 
 
 @triton.jit
@@ -239,23 +228,23 @@ def gain_gradient(partial: Tensor, heads_padded: int, heads: int) -> Tensor:
     return partial.view(-1, heads_padded).sum(0)[:heads]
 
 
-def _config(x: Tensor) -> Launch:
-    return LAUNCHES.get(architecture(x.device), SAFE_LAUNCH)
+def _config(x: Tensor) -> RowLaunch:
+    return launch_on(x.device, LAUNCHES, SAFE_LAUNCH)
 
 
 def _grid(q: Tensor, k: Tensor, backward: bool) -> tuple[int]:
     config, heads = _config(q), triton.next_power_of_2(q.shape[1])
-    blocks = triton.cdiv(q.shape[0] * heads, head_sizes(q.shape[1], k.shape[1], q.shape[2], 1, config.tile)["ROWS"])
-    return (programs(q.device, blocks, config.backward_programs_per_sm if backward else config.programs_per_sm),)
+    block_rows = head_sizes(q.shape[1], k.shape[1], q.shape[2], 1, config)["ROWS"]
+    return row_grid(q.device, q.shape[0] * heads, block_rows, config.resident[backward])
 
 
 def _sizes(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
     config = _config(q)
-    sizes = head_sizes(q.shape[1], k.shape[1], q.shape[2], cos.shape[1], config.tile)
+    sizes = head_sizes(q.shape[1], k.shape[1], q.shape[2], cos.shape[1], config)
     return {"Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), **sizes, "num_warps": config.num_warps}
 
 
-def head_sizes(heads: int, kv_heads: int, head_dim: int, half: int, tile: int) -> dict[str, int]:
+def head_sizes(heads: int, kv_heads: int, head_dim: int, half: int, config: RowLaunch) -> dict[str, int]:
     padded, kv_padded, rest = triton.next_power_of_2(heads), triton.next_power_of_2(kv_heads), head_dim - 2 * half
     return {
         "HEADS": heads,
@@ -265,7 +254,7 @@ def head_sizes(heads: int, kv_heads: int, head_dim: int, half: int, tile: int) -
         "HALF": half,
         "REST": rest,
         "REST_PADDED": triton.next_power_of_2(max(rest, 1)),
-        "ROWS": max(tile // triton.next_power_of_2(head_dim), padded, kv_padded),
+        "ROWS": max(config.rows(head_dim), padded, kv_padded),
     }
 
 
@@ -276,9 +265,8 @@ def _variant(
     config = LAUNCHES[90]
     kernel = qk_norm_rope_backward_kernel if backward else qk_norm_rope_kernel
     strides = {"Q_STRIDE": columns or heads * head_dim, "K_STRIDE": columns or kv_heads * head_dim}
-    constexprs = {**strides, **head_sizes(heads, kv_heads, head_dim, half, config.tile)}
-    per_sm = config.backward_programs_per_sm if backward else config.programs_per_sm
-    grid = min(triton.cdiv(tokens * heads, constexprs["ROWS"]), 132 * per_sm)
+    constexprs = {**strides, **head_sizes(heads, kv_heads, head_dim, half, config)}
+    grid = row_grid_on_hopper(tokens * heads, constexprs["ROWS"], config.resident[backward])
     values = tokens * (heads + kv_heads) * head_dim
     sums = 2 * 4 * grid * constexprs["ROWS"] if backward else 0  # written, and read by the sum
     return Variant(

@@ -21,9 +21,10 @@ from pgolf.triton_kernels.qk_norm_rope import (
     head_sizes,
     rows_of_block,
 )
-from pgolf.triton_kernels.variants import Variant, architecture, programs, signature
+from pgolf.triton_kernels.row_launches import RowLaunch, launch_on, row_grid, row_grid_on_hopper
+from pgolf.triton_kernels.variants import Variant, signature
 
-PROGRAMS_PER_SM = 4  # as many as are resident on Hopper at 101 registers
+RESIDENT = 4  # programs that a multiprocessor of Hopper holds at 101 registers
 
 
 @triton.jit
@@ -118,13 +119,12 @@ def launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of all columns (T, columns), the gain's gradient in float32)."""
-    config = LAUNCHES.get(architecture(q.device), SAFE_LAUNCH)
+    config = launch_on(q.device, LAUNCHES, SAFE_LAUNCH)
     (tokens, heads, head_dim), kv_heads = q.shape, k.shape[1]
     strides = {"Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0)}
-    normed = head_sizes(heads, kv_heads, head_dim, cos.shape[1], config.tile)
-    sizes = {**strides, **normed, **_column_sizes(columns, extra_grad.shape[1], readers, normed, config.tile)}
-    blocks = triton.cdiv(tokens * sizes["HEADS_PADDED"], sizes["ROWS"])
-    grid = (programs(q.device, blocks, PROGRAMS_PER_SM),)
+    normed = head_sizes(heads, kv_heads, head_dim, cos.shape[1], config)
+    sizes = {**strides, **normed, **_column_sizes(columns, extra_grad.shape[1], readers, normed, config)}
+    grid = row_grid(q.device, tokens * sizes["HEADS_PADDED"], sizes["ROWS"], RESIDENT)
     gradient = q.new_empty(tokens, columns)
     partial = q.new_empty((grid[0], sizes["ROWS"]), dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -135,14 +135,14 @@ def launch_backward(
     return gradient, gain_gradient(partial, sizes["HEADS_PADDED"], heads)
 
 
-def _column_sizes(columns: int, extra: int, readers: int, normed: dict[str, int], tile: int) -> dict[str, int]:
+def _column_sizes(columns: int, extra: int, readers: int, normed: dict[str, int], config: RowLaunch) -> dict[str, int]:
     head_dim = 2 * normed["HALF"] + normed["REST"]
     last = triton.next_power_of_2(max(columns - (normed["HEADS"] + 2 * normed["KV_HEADS"]) * head_dim, 1))
     return {
         "COLUMNS": columns,
         "EXTRA": extra,
         "LAST_PADDED": last,
-        "LAST_ROWS": max(tile // last, 1),
+        "LAST_ROWS": config.rows(last),
         "READERS": readers,
         "DIM_PADDED": triton.next_power_of_2(head_dim),
     }
@@ -152,10 +152,10 @@ def _variant(half: int, readers: int, unused: int, extra: int, tokens: int = 983
     heads, kv_heads, head_dim = 8, 4, 64
     config, kernel = LAUNCHES[90], qkv_norm_rope_backward_kernel
     columns = (heads + 2 * kv_heads) * head_dim + extra + unused
-    sizes = head_sizes(heads, kv_heads, head_dim, half, config.tile)
+    sizes = head_sizes(heads, kv_heads, head_dim, half, config)
     constexprs = {"Q_STRIDE": columns, "K_STRIDE": columns, **sizes}
-    constexprs |= _column_sizes(columns, extra, readers, sizes, config.tile)
-    grid = min(triton.cdiv(tokens * heads, constexprs["ROWS"]), 132 * PROGRAMS_PER_SM)
+    constexprs |= _column_sizes(columns, extra, readers, sizes, config)
+    grid = row_grid_on_hopper(tokens * heads, constexprs["ROWS"], RESIDENT)
     normed, values = tokens * (heads + kv_heads) * head_dim, tokens * kv_heads * head_dim
     moved = 3 * normed + (readers + 1) * values + tokens * (2 * extra + unused) + 2 * tokens * half
     sums = 2 * 4 * grid * constexprs["ROWS"]  # written, and read by the sum

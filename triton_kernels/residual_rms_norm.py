@@ -13,8 +13,6 @@ it is kept, u; backward a read of the same inputs and the gradients, and a write
 one for each z.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,21 +20,13 @@ from torch import Tensor
 
 from pgolf.triton_kernels.memory import load_wide, store_narrow
 from pgolf.triton_kernels.rms_norm import inverse_rms, norm_gradient
-from pgolf.triton_kernels.variants import Variant, architecture, programs, signature
+from pgolf.triton_kernels.row_launches import RowLaunch, launch_on, row_grid, row_grid_on_hopper
+from pgolf.triton_kernels.variants import Variant, signature
 
 MOST_COLUMNS, MOST_STREAMS = 4096, 3
-
-
-@dataclass(frozen=True)
-class Launch:
-    tile: int  # values of a block of rows
-    num_warps: int
-    programs_per_sm: int  # as many as are resident, forward and
-    backward_programs_per_sm: tuple[int, ...]  # by number of streams
-
-
-LAUNCHES = {90: Launch(tile=1024, num_warps=4, programs_per_sm=8, backward_programs_per_sm=(8, 5, 4, 3))}
-SAFE_LAUNCH = Launch(tile=1024, num_warps=4, programs_per_sm=4, backward_programs_per_sm=(4, 4, 4, 3))
+# Backward by number of streams.
+LAUNCHES = {90: RowLaunch(tile=1024, num_warps=4, resident=(8, 8, 5, 4, 3))}
+SAFE_LAUNCH = RowLaunch(tile=1024, num_warps=4, resident=(4, 4, 4, 4, 3))
 
 
 @triton.jit
@@ -192,7 +182,7 @@ def launch(
     mixed = torch.empty_like(x) if branch is not None or streams else None
     normed = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        residual_rms_norm_kernel[_grid(x, _config(x).programs_per_sm)](
+        residual_rms_norm_kernel[_grid(x, 0)](
             *_inputs(x, branch, streams, weights),
             *(x if out is None else out for out in (kept, mixed)),
             normed,
@@ -219,7 +209,7 @@ def launch_backward(
     """(dx and dbranch, the streams' gradients, the weights' gradient in float32)."""
     dx = torch.empty_like(x)
     gradients = [torch.empty_like(stream) for stream in streams]
-    grid = _grid(x, _config(x).backward_programs_per_sm[len(streams)])
+    grid = _grid(x, 1 + len(streams))
     partial = x.new_empty((*grid, 1 + len(streams), x.shape[1]), dtype=torch.float32) if streams else None
     with torch.cuda.device_of(x):
         residual_rms_norm_backward_kernel[grid](
@@ -248,23 +238,21 @@ def _padded(tensors: list[Tensor], filler: Tensor) -> list[Tensor]:
     return [*tensors, *[filler] * (MOST_STREAMS - len(tensors))]
 
 
-def _config(x: Tensor) -> Launch:
-    return LAUNCHES.get(architecture(x.device), SAFE_LAUNCH)
+def _config(x: Tensor) -> RowLaunch:
+    return launch_on(x.device, LAUNCHES, SAFE_LAUNCH)
 
 
-def _grid(x: Tensor, per_sm: int) -> tuple[int]:
-    return (programs(x.device, triton.cdiv(x.shape[0], _rows(x.shape[1], _config(x))), per_sm),)
+def _grid(x: Tensor, kernel: int) -> tuple[int]:
+    """`kernel`: 0 the forward one, 1 + number of streams a backward one."""
+    config = _config(x)
+    return row_grid(x.device, x.shape[0], config.rows(x.shape[1]), config.resident[kernel])
 
 
-def _rows(columns: int, config: Launch) -> int:
-    return max(config.tile // triton.next_power_of_2(columns), 1)
-
-
-def _flags(branch: bool, streams: int, columns: int, config: Launch) -> dict[str, int | bool]:
+def _flags(branch: bool, streams: int, columns: int, config: RowLaunch) -> dict[str, int | bool]:
     return {
         "BRANCH": branch,
         "STREAMS": streams,
-        "ROWS": _rows(columns, config),
+        "ROWS": config.rows(columns),
         "COLUMNS": triton.next_power_of_2(columns),
         "num_warps": config.num_warps,
     }
@@ -280,8 +268,7 @@ def _variant(branch: bool, streams: int, kept: bool, backward: bool, rows: int =
     )
     num_warps = int(constexprs.pop("num_warps"))
     names = kernel.arg_names
-    per_sm = config.backward_programs_per_sm[streams] if backward else config.programs_per_sm
-    grid = min(triton.cdiv(rows, _rows(columns, config)), 132 * per_sm)
+    grid = row_grid_on_hopper(rows, config.rows(columns), config.resident[1 + streams if backward else 0])
     # Forward: the inputs in; m, y and u out. Backward: the inputs and the outputs' gradients in; gradients out.
     moved = 1 + two + streams + 2 + kept + ((1 + streams - last) if backward else 0)
     weights = (1 + streams) * columns * 2 if streams else 0

@@ -14,8 +14,6 @@ once a program; one small sum adds them in a fixed order. Where the lanes part t
 Floor for X bytes of a lane, with both lanes, two branches and a skip: 10 X forward and 16 X backward.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -23,22 +21,13 @@ from torch import Tensor
 
 from pgolf.triton_kernels.memory import load_wide, store_narrow
 from pgolf.triton_kernels.rms_norm import inverse_rms, norm_gradient
-from pgolf.triton_kernels.variants import Variant, architecture, programs, signature
+from pgolf.triton_kernels.row_launches import RowLaunch, launch_on, row_grid, row_grid_on_hopper
+from pgolf.triton_kernels.variants import Variant, signature
 
 MOST_COLUMNS = 4096
 SCALARS = 6  # k_0, k_1, p_00, p_01, p_10, p_11
-
-
-@dataclass(frozen=True)
-class Launch:
-    tile: int  # values of a block of rows
-    num_warps: int
-    programs_per_sm: int  # as many as are resident, forward and
-    backward_programs_per_sm: int
-
-
-LAUNCHES = {90: Launch(tile=512, num_warps=4, programs_per_sm=8, backward_programs_per_sm=3)}
-SAFE_LAUNCH = Launch(tile=512, num_warps=4, programs_per_sm=4, backward_programs_per_sm=3)
+LAUNCHES = {90: RowLaunch(tile=512, num_warps=4, resident=(8, 3))}
+SAFE_LAUNCH = RowLaunch(tile=512, num_warps=4, resident=(4, 3))
 
 
 @triton.jit
@@ -304,26 +293,21 @@ def _padded(tensors: list[Tensor], filler: Tensor) -> list[Tensor]:
     return [*tensors, filler, filler][:2]
 
 
-def _config(x: Tensor) -> Launch:
-    return LAUNCHES.get(architecture(x.device), SAFE_LAUNCH)
+def _config(x: Tensor) -> RowLaunch:
+    return launch_on(x.device, LAUNCHES, SAFE_LAUNCH)
 
 
 def _grid(x: Tensor, backward: bool) -> tuple[int]:
     config = _config(x)
-    blocks = triton.cdiv(x.shape[0], _rows(x.shape[1], config))
-    return (programs(x.device, blocks, config.backward_programs_per_sm if backward else config.programs_per_sm),)
+    return row_grid(x.device, x.shape[0], config.rows(x.shape[1]), config.resident[backward])
 
 
-def _rows(columns: int, config: Launch) -> int:
-    return max(config.tile // triton.next_power_of_2(columns), 1)
-
-
-def _flags(lanes: int, branches: int, skip: bool, columns: int, config: Launch) -> dict[str, int | bool]:
+def _flags(lanes: int, branches: int, skip: bool, columns: int, config: RowLaunch) -> dict[str, int | bool]:
     return {
         "PARTED": lanes > 1,
         "BRANCHES": branches,
         "SKIP": skip,
-        "ROWS": _rows(columns, config),
+        "ROWS": config.rows(columns),
         "COLUMNS": triton.next_power_of_2(columns),
         "num_warps": config.num_warps,
     }
@@ -335,8 +319,7 @@ def _variant(lanes: int, skip: bool, backward: bool, rows: int = 98304, columns:
     kernel = two_lane_rms_norm_backward_kernel if backward else two_lane_rms_norm_kernel
     constexprs = _flags(lanes, branches, skip, columns, config)
     num_warps = int(constexprs.pop("num_warps"))
-    per_sm = config.backward_programs_per_sm if backward else config.programs_per_sm
-    grid = min(triton.cdiv(rows, _rows(columns, config)), 132 * per_sm)
+    grid = row_grid_on_hopper(rows, config.rows(columns), config.resident[backward])
     inputs = lanes + branches + 1 + skip
     sums = 2 * 4 * grid * (SCALARS + (2 + 2 * skip) * columns) if backward else 0  # written, and read by the sum
     parts = ["route"] * (lanes > 1) + ["part"] * (lanes == 1) + ["skip"] * skip + ["mix"]

@@ -10,28 +10,19 @@ v is read once and the sum over its query heads is a plain addition. v and logit
 Floor for Y and V bytes of attention's output and of the values: 2 Y + V forward, 3 Y + 2 V backward, and the logits.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pgolf.triton_kernels.memory import load_wide, store_narrow
-from pgolf.triton_kernels.variants import Variant, architecture, signature
+from pgolf.triton_kernels.row_launches import RowLaunch, launch_on
+from pgolf.triton_kernels.variants import Variant, signature
 
 LARGEST_HEAD = 512
 EPSILON = 1e-12  # of torch's normalize
-
-
-@dataclass(frozen=True)
-class Launch:
-    tile: int  # values of a block of rows
-    num_warps: int
-
-
-LAUNCHES = {90: Launch(tile=2048, num_warps=4)}
-SAFE_LAUNCH = Launch(tile=2048, num_warps=4)
+LAUNCHES = {90: RowLaunch(tile=2048, num_warps=4)}
+SAFE_LAUNCH = RowLaunch(tile=2048, num_warps=4)
 
 
 @triton.jit
@@ -151,12 +142,12 @@ def launch_backward(
     return dy, dv, dlogits
 
 
-def _config(x: Tensor) -> Launch:
-    return LAUNCHES.get(architecture(x.device), SAFE_LAUNCH)
+def _config(x: Tensor) -> RowLaunch:
+    return launch_on(x.device, LAUNCHES, SAFE_LAUNCH)
 
 
 def _grid(v: Tensor) -> tuple[int]:
-    return (triton.cdiv(v.shape[0] * v.shape[1], _constexprs(1, 1, v.shape[2], _config(v))["ROWS"]),)
+    return (triton.cdiv(v.shape[0] * v.shape[1], _config(v).rows(v.shape[2])),)
 
 
 def _sizes(y: Tensor, v: Tensor, logits: Tensor | None) -> dict[str, int]:
@@ -165,14 +156,13 @@ def _sizes(y: Tensor, v: Tensor, logits: Tensor | None) -> dict[str, int]:
     return {**strides, **_constexprs(y.shape[1], v.shape[1], y.shape[2], config), "num_warps": config.num_warps}
 
 
-def _constexprs(heads: int, kv_heads: int, head_dim: int, config: Launch) -> dict[str, int]:
-    padded = triton.next_power_of_2(head_dim)
+def _constexprs(heads: int, kv_heads: int, head_dim: int, config: RowLaunch) -> dict[str, int]:
     return {
         "KV_HEADS": kv_heads,
         "GROUP": heads // kv_heads,
         "DIM": head_dim,
-        "DIM_PADDED": padded,
-        "ROWS": max(config.tile // padded, 1),
+        "DIM_PADDED": triton.next_power_of_2(head_dim),
+        "ROWS": config.rows(head_dim),
     }
 
 

@@ -10,12 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pgolf.runtime.host import cores
+
 PACKAGES = ("pgolf", "torch", "triton", "numpy", "pytest-benchmark")
 
 
 def describe() -> dict[str, Any]:
     """{"name", "slug", "kind" (cuda or cpu), "detail", "cores", "versions"}; works without torch, then for the CPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     try:
         import torch
@@ -33,9 +34,9 @@ def describe() -> dict[str, Any]:
         versions["cuda"] = torch.version.cuda
     else:
         name, detail = _cpu()
-        name, kind = f"{name}, {cores} cores", "cpu"
+        name, kind = f"{name}, {cores()} cores", "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return {"name": name, "slug": slug, "kind": kind, "detail": detail, "cores": cores, "versions": versions}
+    return {"name": name, "slug": slug, "kind": kind, "detail": detail, "cores": cores(), "versions": versions}
 
 
 def measure_ceilings(seconds_per_call: Callable[..., float], kind: str, quick: bool) -> dict[str, float]:

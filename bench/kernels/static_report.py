@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.kernels.hopper import WARPS_PER_SM, blocks_per_sm
+from pgolf.runtime.host import NVCC_PLACES, find_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 PEAK_FLOPS = 989e12
@@ -93,19 +94,12 @@ def triton_reports() -> list[KernelReport]:
 def cuda_reports(nvcc: str | None = None) -> list[KernelReport]:
     nvcc = nvcc or find_nvcc()
     if nvcc is None:
-        raise CannotRead("nvcc is not in PATH, CUDA_HOME or /usr/local/cuda")
+        raise CannotRead(f"no nvcc ({NVCC_PLACES})")
     reports = []
     for source in sorted((ROOT / "csrc").rglob("*.cu")):
         log, ptx = compile_cuda(nvcc, source)
         reports += read_ptxas(log, ptx)
     return reports
-
-
-def find_nvcc() -> str | None:
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    return next(
-        (found for name in ("nvcc", *(f"{h}/bin/nvcc" for h in homes if h)) if (found := shutil.which(name))), None
-    )
 
 
 def compile_cuda(nvcc: str, source: Path) -> tuple[str, str]:

@@ -23,7 +23,6 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -50,6 +49,7 @@ from bench.step_model.savings import L2_BYTES, PROCESSORS, Chunks, Saving, mlp_c
 from pgolf.errors import PgolfError, UserError
 from pgolf.model import ModelConfig
 from pgolf.model.glue import OPERATIONS
+from pgolf.runtime.host import cores
 from pgolf.settings import Settings, load_settings
 
 # Of a step on 8xH100 SXM with the preset's own batch, from the entries' train logs; of pr1855 by #1787, the nearest.
@@ -134,7 +134,7 @@ def _region(own: dict[str, list[Operation]]) -> dict:
 
 def side_by_side(function: Callable, jobs: list[tuple]) -> list:
     """Results in the order of the jobs, from as many processes as this one may use cores."""
-    processes = min(len(jobs), len(os.sched_getaffinity(0)))
+    processes = min(len(jobs), cores())
     if processes == 1:
         return [function(*job) for job in jobs]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

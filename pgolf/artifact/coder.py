@@ -36,7 +36,6 @@ the first value of every plane, and 2-byte words that refill a state when it fal
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,7 @@ import torch
 
 from pgolf.errors import ArtifactError
 from pgolf.ops import backends
+from pgolf.runtime.host import cores
 
 MODES = ("mix", "static")
 TRELLIS_STATES = (0, 4, 8)
@@ -125,7 +125,7 @@ def encode(
         raise ValueError(f"values: rows of more than {MOST_TRELLIS_COLUMNS} values are not accepted with a trellis")
     tensors = [(array.shape, *_bounds(array)) for array in arrays]
     flat = arrays[0].reshape(-1) if len(arrays) == 1 else np.concatenate([np.empty(0, np.int8), *map(np.ravel, arrays)])
-    native, threads = backends.native(), threads or _cores()
+    native, threads = backends.native(), threads or cores()
     blob: bytes = native.encode_ints(flat.ctypes.data, tensors, is_list, True, trellis_states, threads)
     if mode == "static":
         return blob
@@ -247,7 +247,7 @@ def _decode(
     values, data = np.empty(sum(sizes), np.uint8), np.frombuffer(blob, np.uint8)
     try:
         native = backends.native()
-        native.decode_blob(data.ctypes.data, data.size, values.ctypes.data, values.size, threads or _cores())
+        native.decode_blob(data.ctypes.data, data.size, values.ctypes.data, values.size, threads or cores())
     except ValueError as error:
         raise ArtifactError(f"coded blob: {error}") from None
     arrays: list[Array] = []
@@ -283,7 +283,3 @@ def _arrays(
 
 def _bounds(array: Array) -> tuple[int, int]:
     return (int(array.min()), int(array.max())) if array.size else (0, 0)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

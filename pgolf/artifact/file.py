@@ -47,6 +47,7 @@ from pgolf.artifact.manifest import (
 from pgolf.artifact.stored_tensor import StoredTensor, check_tensor
 from pgolf.errors import ArtifactError
 from pgolf.runtime.files import replacing
+from pgolf.runtime.host import cores
 
 MAGIC = b"\x89PGOLF\r\n"
 VERSION = 3
@@ -152,7 +153,7 @@ def write_artifact(
     check_together(entries, limit_bytes)
     text = _manifest_text(entries, metadata)
     found = streams_of(entries)
-    threads = threads or _cores()
+    threads = threads or cores()
 
     def encode(stream: Stream) -> bytes:
         members = [tensors[i] for i in stream.members]
@@ -250,7 +251,7 @@ def _tensor_of(
 
 
 def _decode_streams(found: list[Stream], blobs: list[memoryview]) -> list[list[Tensor]]:
-    threads = _cores()
+    threads = cores()
 
     def decode(stream: Stream, blob: memoryview) -> list[Tensor]:
         try:
@@ -303,11 +304,6 @@ def _split_streams(view: memoryview, crc: int, labels: list[str]) -> list[memory
     if offset != len(view):
         raise ValueError(f"{len(view) - offset} bytes follow the last stream")
     return pieces
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _part(tensor: StoredTensor, part: str) -> Tensor:

@@ -57,13 +57,24 @@ class StoredTensor:
         """The weights, of `shape` and `dtype`, on the device of `values`."""
         if self.scale is None:
             return self.values.to(dtype)
-        if not self.values.numel():
-            return torch.empty(self.shape, dtype=dtype, device=self.values.device)
-        if self.order is not None:
-            return ops.trellis_dequantize(self.values, self.scale, self.order, self.states).to(dtype)
-        octets = self.values.contiguous().view(torch.uint8).reshape(-1)
-        rows = (self.scale.numel(), self.shape[-1])
-        return ops.unpack_dequantize(octets, self.scale.reshape(-1), 8, rows, dtype).reshape(self.shape)
+        return dequantize(self.values, self.scale, self.order, self.states, dtype)
+
+
+def dequantize(
+    values: Tensor,  # int8 (..., columns)
+    scale: Tensor,  # float16 (...), one a row
+    order: Tensor | None = None,
+    states: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weights, of the shape of `values`, which are indices of a trellis where there is an order of its columns."""
+    if not values.numel():
+        return torch.empty(values.shape, dtype=dtype, device=values.device)
+    if order is not None:
+        return ops.trellis_dequantize(values, scale, order, states).to(dtype)
+    octets = values.contiguous().view(torch.uint8).reshape(-1)
+    rows = (scale.numel(), values.shape[-1])
+    return ops.unpack_dequantize(octets, scale.reshape(-1), 8, rows, dtype).reshape(values.shape)
 
 
 def check_tensor(tensor: StoredTensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf import ops
+from pgolf.artifact.stored_tensor import dequantize
 from pgolf.ops.gptq import row_scale
 
 TRELLIS_CLIP = 0.512  # of GPTQ's clip_sigmas, for as many bytes: an index steps over two steps of the grid
@@ -28,9 +29,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The weights in float32."""
-        if self.order is not None:
-            return ops.trellis_dequantize(self.values, self.scale, self.order, self.states)
-        return self.values.float() * self.scale.float().unsqueeze(-1)
+        return dequantize(self.values, self.scale, self.order, self.states)
 
 
 def rtn(weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, damping: float) -> Quantized:

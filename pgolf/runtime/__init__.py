@@ -4,6 +4,7 @@ checkout     where a package that runs from a checkout finds its kernels and its
 clock        how long training took so far, and how many more steps there is time for
 doctor       what this machine has and lacks
 files        files that are written whole or not at all
+host         cores for this process, and a CUDA compiler
 machine      dtype, CPU levels, streams, limits of compilation
 probes       plain facts about this machine
 progress     a bar when a person is watching

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pgolf.runtime.host import cores, find_nvcc
+
 Facts = dict[str, Any]
 # Distributions that pgolf cannot do without, with the oldest version that will do.
 PACKAGES = {
@@ -158,10 +160,7 @@ def _compilers() -> Facts:
 
 
 def _version_of(name: str) -> str | None:
-    path = shutil.which(name)
-    if name == "nvcc" and not path:  # where the build looks too
-        homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-        path = next((found for home in homes if home and (found := shutil.which(f"{home}/bin/nvcc"))), None)
+    path = find_nvcc() if name == "nvcc" else shutil.which(name)
     if not path:
         return None
     output = _run(path, "--version")[1]
@@ -206,10 +205,9 @@ def _codecs() -> Facts:
 
 
 def _machine() -> Facts:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total, free = _memory()
     return {
-        "cores": cores,
+        "cores": cores(),
         "memory_bytes": total,
         "memory_available_bytes": free,
         "disk_free_bytes": shutil.disk_usage(".").free,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pgolf.runtime import host
+
 setuptools = pytest.importorskip("setuptools", "77", reason="building needs setuptools 77 or newer")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,12 +128,12 @@ def test_missing_nvcc_is_an_error_when_cuda_is_asked_for(build, tmp_path):
     assert last_line(done.stderr).startswith("PGOLF_CUDA=on: nvcc was not found")
 
 
-def test_nvcc_is_looked_for_in_order(functions, broken_nvcc, monkeypatch):
+def test_nvcc_is_looked_for_in_order(broken_nvcc, monkeypatch):
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.setenv("PATH", str(broken_nvcc.parent))
-    assert functions["find_nvcc"]() == str(broken_nvcc)
+    assert host.find_nvcc() == str(broken_nvcc)
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")  # an explicit choice is not replaced by another
-    assert functions["find_nvcc"]() is None
+    assert host.find_nvcc() is None
 
 
 @pytest.mark.parametrize(
