@@ -154,11 +154,13 @@ void check_matrix(int64_t rows, int64_t columns) {
   product({rows, columns});
 }
 
+void check_states(int64_t states) { require(pgolf::is_trellis(states), "states", states, "4 or 8"); }
+
 void trellis_search(uintptr_t target, uintptr_t factor, uintptr_t rate, uintptr_t weight, uintptr_t indices,
                     int64_t rows, int64_t columns, int64_t states, int64_t limit, int64_t threads) {
   check_matrix(rows, columns);
   check_limit(limit);
-  require(states == 4 || states == 8, "states", states, "4 or 8");
+  check_states(states);
   require_address(target, "target", rows * columns);
   require_address(factor, "factor", columns);
   require_address(rate, "rate", 1);
@@ -174,7 +176,7 @@ pgolf::TrellisBank check_bank(uintptr_t classes, int64_t matrices, int64_t rows,
   check_matrix(rows, columns);
   require(matrices >= 0, "matrices", matrices, "0 or more");
   product({matrices, rows, columns});
-  require(states == 4 || states == 8, "states", states, "4 or 8");
+  check_states(states);
   require_address(classes, "classes", matrices * columns);
   return {matrices, rows, columns, pointer<const int8_t>(classes)};
 }
@@ -263,8 +265,7 @@ py::bytes encode_ints(uintptr_t values, const std::vector<std::tuple<Shape, int,
   blob.kind = is_static ? pgolf::Kind::fixed : pgolf::Kind::mix;
   blob.is_list = is_list;
   blob.trellis_states = trellis_states;
-  const bool known = trellis_states == 0 || trellis_states == 4 || trellis_states == 8;
-  require(known, "trellis_states", trellis_states, "0, 4 or 8");
+  require(trellis_states == 0 || pgolf::is_trellis(trellis_states), "trellis_states", trellis_states, "0, 4 or 8");
   for (const auto& [shape, low, high] : tensors) {
     require(shape.size() <= 3, "dimensions", shape.size(), "at most 3");
     const bool is_short = trellis_states == 0 || shape.empty() || shape.back() <= pgolf::most_plane_columns;

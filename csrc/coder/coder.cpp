@@ -10,6 +10,7 @@
 #include "coder/int_coder.h"
 #include "coder/int_layout.h"
 #include "coder/range_coder.h"
+#include "trellis/parity_machine.h"
 
 namespace pgolf {
 namespace {
@@ -200,7 +201,7 @@ const char* read_blob(const uint8_t* data, size_t size, Blob& blob) {
   if (reader.failed()) return "ends within its header";
   if ((kind & ~list_flag) > static_cast<int>(Kind::floats)) return "is of an unknown kind";
   const int states = blob.trellis_states;
-  if (states != 0 && (blob.kind == Kind::floats || (states != 4 && states != 8))) return "has an unknown trellis";
+  if (states != 0 && (blob.kind == Kind::floats || !is_trellis(states))) return "has an unknown trellis";
   if (count > most_tensors || (!blob.is_list && count != 1)) return "has too many or too few tensors";
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {

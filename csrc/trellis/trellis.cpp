@@ -6,8 +6,7 @@
 #include <exception>
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,11 +23,6 @@ namespace {
 constexpr int block = 32;       // columns quantised before their errors are pushed on
 constexpr int group_rows = 16;
 constexpr int64_t values_a_thread = 1 << 12;  // to search; to decode, 256 times as many
-
-constexpr Machine machines[] = {
-    {4, {0, 0, 1, 1}, {{0, 2}, {2, 0}, {1, 3}, {3, 1}}},
-    {8, {0, 1, 0, 1, 0, 1, 0, 1}, {{0, 2}, {5, 7}, {1, 3}, {6, 4}, {2, 0}, {4, 6}, {3, 1}, {7, 5}}},
-};
 
 #define PGOLF_VECTORS                                                                      \
   typedef float Floats __attribute__((vector_size(4 * PGOLF_LANES)));                      \
@@ -183,14 +177,7 @@ void walk(const TrellisBank& bank, const Machine& m, int64_t first, int64_t last
 
 }  // namespace
 
-const Machine& machine(int states) {
-  for (const Machine& each : machines)
-    if (each.states == states) return each;
-  throw std::invalid_argument("states is " + std::to_string(states) + ", accepted are 4 and 8");
-}
-
 void trellis_search(const TrellisSearch& s, int states, int threads) {
-  machine(states);
   if (s.rows == 0 || s.columns == 0) return;
   const Memory panels = make_panels(s);
   std::vector<float> inverse(s.columns), rate(2 * (2 * s.limit + 3));

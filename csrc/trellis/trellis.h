@@ -4,18 +4,9 @@
 
 #include <cstdint>
 
+#include "trellis/parity_machine.h"
+
 namespace pgolf {
-
-// The machine of 4 or 8 states. A state has a quantiser, and the parity of the index leads to the next state, in which
-// the next column is quantised; every row starts in state 0.
-struct Machine {
-  int states;
-  uint8_t quantiser[8];
-  uint8_t next[8][2];  // by parity
-};
-
-// Throws std::invalid_argument unless `states` is 4 or 8.
-const Machine& machine(int states);
 
 // What an index means, in steps: 2k, or for quantiser 1 2k - sgn k.
 inline int level_of(int index, int quantiser) { return 2 * index - quantiser * ((index > 0) - (index < 0)); }
