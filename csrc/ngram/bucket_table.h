@@ -109,14 +109,23 @@ class BucketTable {
     return taken;
   }
 
-  void list_taken(std::vector<uint32_t>& places) const {
+  // Notes a taken entry for `forget`, which frees all that were noted.
+  void note(const Entry* entry) { noted_.push_back(index(entry)); }
+
+  void note_taken() {
     for (size_t i = 0; i < size(); ++i)
-      if (entries_[i].owner) places.push_back(static_cast<uint32_t>(i));
+      if (entries_[i].owner) noted_.push_back(static_cast<uint32_t>(i));
+  }
+
+  void forget() {
+    for (uint32_t i : noted_) entries_[i] = {};
+    noted_.clear();
   }
 
  private:
   size_t buckets_;
   ZeroedArray<Entry> entries_;
+  std::vector<uint32_t> noted_;
 };
 
 }  // namespace pgolf

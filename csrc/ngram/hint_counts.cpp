@@ -67,13 +67,13 @@ void HintCounts::add(HintContext* context, uint64_t hash, uint16_t token) {
   }
   *context = {static_cast<uint32_t>(stream_.position()) + 1, tag_of(hash), 1, 1, token, 1};
   ++stats_.contexts;
-  if (stream_.resets()) touched_contexts_.push_back(contexts_.index(context));
+  if (stream_.resets()) contexts_.note(context);
 }
 
 void HintCounts::keep(Successor* successor, uint32_t owner, uint16_t token, uint16_t count) {
   *successor = {owner, token, count};
   ++stats_.successors;
-  if (stream_.resets()) touched_successors_.push_back(successors_.index(successor));
+  if (stream_.resets()) successors_.note(successor);
 }
 
 void HintCounts::count(HintContext* context, uint16_t token) {
@@ -124,10 +124,8 @@ CountsStats HintCounts::stats() const {
 }
 
 void HintCounts::forget() {
-  for (uint32_t index : touched_contexts_) contexts_[index] = {};
-  for (uint32_t index : touched_successors_) successors_[index] = {};
-  touched_contexts_.clear();
-  touched_successors_.clear();
+  contexts_.forget();
+  successors_.forget();
   stats_.contexts = stats_.successors = 0;
 }
 
@@ -195,8 +193,8 @@ bool HintCounts::load(ByteReader& in) {
   if (contexts_.count_right([&](const HintContext& context) { return is_in_place(context); }) < 0) return false;
   if (!successors_add_up()) return false;
   if (!stream_.resets()) return true;
-  contexts_.list_taken(touched_contexts_);
-  successors_.list_taken(touched_successors_);
+  contexts_.note_taken();
+  successors_.note_taken();
   return true;
 }
 

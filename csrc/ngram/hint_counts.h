@@ -64,7 +64,6 @@ class HintCounts {
   BucketTable<HintContext> contexts_;
   BucketTable<Successor> successors_;  // of contexts with several; the hint among them
   TokenStream stream_;
-  std::vector<uint32_t> touched_contexts_, touched_successors_;
   CountsStats stats_{};
 };
 

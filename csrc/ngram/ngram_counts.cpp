@@ -150,7 +150,7 @@ Evidence NgramCounts::add(Context* context, uint16_t token) {
     successor->token = token;
     ++context->distinct;
     ++stats_.successors;
-    if (stream_.resets()) touched_successors_.push_back(successors_.index(successor));
+    if (stream_.resets()) successors_.note(successor);
   }
   ++successor->count;
   ++context->total;
@@ -165,7 +165,7 @@ bool NgramCounts::keep(Context* node, uint32_t owner, uint16_t token) {
   node->owner = owner;
   node->token = token;
   ++stats_.contexts;
-  if (stream_.resets() && owner != no_owner) touched_contexts_.push_back(contexts_.index(node));
+  if (stream_.resets() && owner != no_owner) contexts_.note(node);
   return true;
 }
 
@@ -213,10 +213,8 @@ CountsStats NgramCounts::stats() const {
 
 void NgramCounts::forget() {
   std::fill(direct_.data(), direct_.data() + direct_.size(), Context{});
-  for (uint32_t index : touched_contexts_) contexts_[index] = {};
-  for (uint32_t index : touched_successors_) successors_[index] = {};
-  touched_contexts_.clear();
-  touched_successors_.clear();
+  contexts_.forget();
+  successors_.forget();
   stats_.contexts = stats_.successors = 0;
 }
 
@@ -306,8 +304,8 @@ bool NgramCounts::load(ByteReader& in) {
   if (others < 0 || stats_.contexts != direct + others || !stream_.can_have_read(stats_.tokens)) return false;
   if (!successors_add_up()) return false;
   if (!stream_.resets()) return true;
-  contexts_.list_taken(touched_contexts_);
-  successors_.list_taken(touched_successors_);
+  contexts_.note_taken();
+  successors_.note_taken();
   return true;
 }
 

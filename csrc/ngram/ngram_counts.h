@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "ngram/bucket_table.h"
 #include "ngram/token_stream.h"
@@ -121,10 +120,9 @@ class NgramCounts {
 
   CountsConfig config_;
   ZeroedArray<Context> direct_;  // of one token, by that token
-  BucketTable<Context> contexts_;
+  BucketTable<Context> contexts_;  // where boundaries reset, entries are noted: what to clear
   BucketTable<Successor> successors_;
   TokenStream stream_;
-  std::vector<uint32_t> touched_contexts_, touched_successors_;  // where boundaries reset: what to clear
   CountsStats stats_{};
 };
 
