@@ -30,8 +30,7 @@ from pgolf.artifact.packed_code import code_bytes, raw_code_bytes
 from pgolf.data.dataset import compressors_bpb, open_dataset, training_loader
 from pgolf.evaluation.ngram import NgramConfig, evaluate_ngram
 from pgolf.evaluation.scoring import Score, evaluate
-from pgolf.model import Model, ModelConfig, choose_fused_glue
-from pgolf.model.attention import choose_attention
+from pgolf.model import Model, ModelConfig, choose_execution
 from pgolf.ops.backends import check_environment
 from pgolf.quantization.byte_budget import PROBE_ROWS, measure_rises
 from pgolf.quantization.calibration import collect_hessians
@@ -60,16 +59,17 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     keep_freed_memory()
     dtype = compute_dtype(settings.dtype, ranks.device)
     config = ModelConfig.of(settings)
-    model = Model(config, dtype).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
-    model.attention = choose_attention(settings.attention, ranks.device, dtype, settings.longest_text)
-    model.fused = choose_fused_glue(settings.fused_glue, ranks.device)
+    execution = choose_execution(
+        ranks.device, dtype, settings.longest_text, attention=settings.attention, fused_glue=settings.fused_glue
+    )
+    model = Model(config, execution).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
     trainer = Trainer(model, loader, settings, ranks, run, data.tokenizer.byte_table())
     precision = str(dtype).removeprefix("torch.")
-    run.note(parameters=config.parameters(), attention=model.attention, dtype=precision)
+    run.note(parameters=config.parameters(), attention=execution.attention, dtype=precision)
     run.note(compile=trainer.compiled, cuda_graphs=trainer.cuda_graphs)
     run.log(f"model_params:{config.parameters()} world_size:{ranks.world_size} device:{run.summary['device_name']}")
-    run.log(f"attention:{model.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
-    run.log(f"fused_glue:{','.join(sorted(model.fused)) or 'none'} cuda_graphs:{trainer.cuda_graphs}")
+    run.log(f"attention:{execution.attention} dtype:{precision} compile:{trainer.compiled} seed:{settings.seed}")
+    run.log(f"fused_glue:{','.join(sorted(execution.fused)) or 'none'} cuda_graphs:{trainer.cuda_graphs}")
 
     scoring = {**settings.scoring, "batch_tokens": settings.val_batch_size, "ranks": ranks}
 
@@ -136,7 +136,7 @@ def run_training(settings: Settings, ranks: Ranks, run: Run) -> None:
     run.log_score(trainer.step, settings.iterations, float_score, trainer.used_seconds)
     with run.timed("evaluate"):
         artifact = read_artifact(artifact_path)
-        stranger = model_from_artifact(artifact, dtype, ranks.device, model.attention)
+        stranger = model_from_artifact(artifact, execution, ranks.device)
         if settings.ngram == "off":
             final, mixed = score(stranger), None
         else:

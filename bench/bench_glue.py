@@ -58,7 +58,7 @@ def exclusive(y, v, logits):
 
 
 def two_lanes(lanes: int):
-    """Inputs as of compiled_traffic.two_lanes and part_lanes, with a skip."""
+    """Inputs as of compiled_traffic.two_lanes and parting, with a skip."""
     stream, by_channel = (1, TOKENS, DIM), (DIM,)
     scalars = [(2,), (2, 2)] * (lanes > 1)
     shapes = [stream] * (2 * lanes) + [*scalars, stream, (2, DIM), stream, by_channel, by_channel]
@@ -113,7 +113,7 @@ CASES = {
         9 * X + 72 * TOKENS,
     ),
     "with gate": ("xsa_gate", [Q, K, Q[:-1]], exclusive, plain.xsa_gate, 2.5 * X, 6.5 * X),
-    "lanes part + skip": ("two_lane_rms_norm", *two_lanes(1), plain.part_lanes, 8 * X, 20 * X),
+    "lanes part + skip": ("two_lane_rms_norm", *two_lanes(1), plain.parting, 8 * X, 20 * X),
     "two lanes + skip": ("two_lane_rms_norm", *two_lanes(2), plain.two_lanes, 10 * X, 26 * X),
     "smeared": (
         "embedding_smear_norm",

@@ -50,15 +50,16 @@ def test_record_step(measure, phase, last, tmp_path):
         return partial(take_step, make_trainer(settings_of(PRESET, **environ), tmp_path, last_phase=last))
 
     peers = {label: when_called(partial(variant, environ)) for label, environ in VARIANTS.items()}
+    execution = trainer.model.execution
     for label, make in contenders("training_step", "pr_1855").items():
-        arguments = (settings, trainer.model.attention, trainer.model.looping, make_loader(settings, tmp_path), DEVICE)
+        arguments = (settings, execution.attention, trainer.model.looping, make_loader(settings, tmp_path), DEVICE)
         peers[label] = when_called(partial(make, *arguments))
     measure(
         "record_step",
         f"{PRESET} {phase}",
         shape=f"{settings.train_batch_tokens} tokens",
-        dtype=name(trainer.model.dtype),
-        backend=f"compiled, attention {trainer.model.attention}",
+        dtype=name(execution.dtype),
+        backend=f"compiled, attention {execution.attention}",
         make=tuple,
         call=partial(take_step, trainer),
         work=work(trainer.model, settings, settings.train_batch_tokens, passes=3),

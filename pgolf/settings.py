@@ -220,7 +220,7 @@ class Settings(BaseModel):
     attention: Literal["auto", "flash3", "flash4", "varlen", "sdpa", "plain"] = says(
         "auto", "how attention is computed"
     )
-    fused_glue: Switch = says("auto", "fused operations between matrix products: pgolf/model/glue.py")
+    fused_glue: Switch = says("auto", "fused operations between matrix products: pgolf/model/execution.py")
     compile: Switch = says("auto", "torch.compile; auto: on where there is a GPU")
     cuda_graphs: Switch = says("auto", "replay forward and backward: pgolf/training/cuda_graphs.py")
     checkpoint_minutes: float = real(1.0, 0, 10_000, "of training between two checkpoints; 0: only one at the end")

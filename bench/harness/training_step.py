@@ -7,8 +7,7 @@ import torch
 
 from pgolf.data.dataset import training_loader
 from pgolf.data.shards import write_shard
-from pgolf.model import Model, ModelConfig, choose_fused_glue
-from pgolf.model.attention import choose_attention
+from pgolf.model import Model, ModelConfig, choose_execution
 from pgolf.runtime.machine import compute_dtype
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import Settings, load_settings
@@ -31,10 +30,10 @@ def settings_of(preset: str, **environ: str) -> Settings:
 
 def make_model(settings: Settings) -> Model:
     dtype = compute_dtype(settings.dtype, DEVICE)
-    model = Model(ModelConfig.of(settings), dtype).initialise(torch.Generator().manual_seed(1)).to(DEVICE)
-    model.attention = choose_attention(settings.attention, DEVICE, dtype, settings.longest_text)
-    model.fused = choose_fused_glue(settings.fused_glue, DEVICE)
-    return model
+    execution = choose_execution(
+        DEVICE, dtype, settings.longest_text, attention=settings.attention, fused_glue=settings.fused_glue
+    )
+    return Model(ModelConfig.of(settings), execution).initialise(torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def make_loader(settings: Settings, folder: Path):

@@ -8,7 +8,7 @@
    an H100. Its decisions (fusions, split reductions, what is materialised) are read before any code is generated.
 
 Attention is one opaque operation forward and one backward, as FlashAttention is, and operations of pgolf take their
-Triton backend; which of them stand between the products is the model's `fused` (pgolf/model/glue.py). Not as on a GPU:
+Triton backend; which of them stand between the products is the model's `Execution.fused`. Not as on a GPU:
 the trace is made where `F.rms_norm` is composed of elementary operations, and nothing is autotuned, so the choice
 between a library's product and a template is never made (the library's is counted).
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import pgolf.model.attention
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Execution, Model, ModelConfig
 from pgolf.ops import backends
 
 CUDA = torch.device("cuda", 0)
@@ -77,7 +77,7 @@ def compiled_kernels(
 ) -> list[Kernel]:
     """Every kernel of forward and backward of `Model.loss` in bfloat16 on `tokens` tokens in rows of `length`.
 
-    `packed`: one row with borders every `length` tokens, as a loader of documents gives it. `fused`: as `Model.fused`.
+    `packed`: one row with borders every `length` tokens, as a loader of documents gives it. `fused`: the execution's.
     """
     kernels = []
     with _without_garbage_collection():
@@ -154,8 +154,8 @@ def _trace(
 
     rows = 1 if packed else tokens // length
     with FakeTensorMode(), _as_on_cuda():
-        model = Model(config, torch.bfloat16)
-        model.looping, model.attention, model.fused = looping, "flash3", fused
+        model = Model(config, Execution(torch.bfloat16, "flash3", fused))
+        model.enter(looping=looping)
         batch = torch.zeros(rows, tokens // rows, dtype=torch.int64)
         borders = (torch.zeros(tokens // length + 1, dtype=torch.int32), length) if packed else (None, 0)
         compiled = torch.compile(
@@ -172,7 +172,7 @@ def _trace(
 def _as_on_cuda() -> Iterator[None]:
     """FlashAttention and our Triton kernels are taken though no GPU is there."""
     with (
-        mock.patch.dict(pgolf.model.attention._loaded, flash3=lambda *arguments: _attention(*arguments)[0]),
+        mock.patch.dict(pgolf.model.attention.LOADED, flash3=lambda *arguments: _attention(*arguments)[0]),
         mock.patch.object(backends, "_choose", _always_triton),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         torch._inductor.config.patch(fx_graph_cache=False),

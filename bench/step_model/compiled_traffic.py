@@ -14,9 +14,9 @@ import torch._inductor.config
 from torch import Tensor
 from torch._inductor.scheduler import Scheduler
 
-from pgolf.model import norm
-from pgolf.model.residual import merge_lanes, mix_with_embedding, route_to_lanes
-from pgolf.model.skips import add_skip
+from pgolf.model.lanes import Routing, merge_lanes, part_lanes, route_lanes
+from pgolf.model.residual import add_mix_norm, add_norm
+from pgolf.model.skips import Skip
 from pgolf.ops.embedding_smear_norm import embedding_smear_norm_reference
 from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
 from pgolf.ops.qkv_norm_rope import qkv_norm_rope_reference
@@ -28,38 +28,34 @@ SCALE = 0.5  # of a norm
 
 
 def add(x, branch):
-    x = x + branch
-    return x, norm(x, SCALE)
+    return add_norm(x, branch, SCALE, fused=False)
 
 
 def mix(x, x0, weights):
-    x = mix_with_embedding(x, x0, weights)
-    return x, norm(x, SCALE)
+    return add_mix_norm(x, None, None, x0, weights, SCALE, fused=False, keep_sum=False)[1:]
 
 
 def add_mix(x, branch, x0, weights):
-    return mix(x + branch, x0, weights)
+    return add_mix_norm(x, branch, None, x0, weights, SCALE, fused=False, keep_sum=False)[1:]
 
 
-def add_mix_skip(x, branch, x0, weights, skip, skip_weight, skip_gate):
-    return mix(add_skip(x + branch, skip, skip_weight, skip_gate), x0, weights)
+def add_mix_skip(x, branch, x0, weights, *skip):
+    return add_mix_norm(x, branch, Skip(*skip), x0, weights, SCALE, fused=False, keep_sum=False)[1:]
 
 
-def part_lanes(x, branch, x0, weights, skip, skip_weight, skip_gate):
-    second = x + branch
-    first = add_skip(second, skip, skip_weight, skip_gate)
-    return first, second, norm(mix_with_embedding(first, x0, weights), SCALE), norm(second, SCALE)
+def parting(x, branch, x0, weights, *skip):
+    lanes, *norms = part_lanes(x, branch, Skip(*skip), x0, weights, SCALE, fused=False)
+    return *lanes, *norms
 
 
 def two_lanes(first, second, attention, mlp, keep, post, x0, weights, *skip):
-    first, second = route_to_lanes((first, second), attention, mlp, keep, post)
-    if skip:
-        first = add_skip(first, *skip)
-    return first, second, norm(mix_with_embedding(first, x0, weights), SCALE), norm(second, SCALE)
+    routing, returning = Routing([attention, mlp], keep, post), Skip(*skip) if skip else None
+    lanes, *norms = route_lanes((first, second), routing, returning, x0, weights, SCALE, fused=False)
+    return *lanes, *norms
 
 
 def merge(first, second, attention, mlp, keep, post):
-    return (norm(merge_lanes(route_to_lanes((first, second), attention, mlp, keep, post), "mean")),)
+    return (merge_lanes((first, second), Routing([attention, mlp], keep, post), "mean", fused=False),)
 
 
 def embed(table, tokens, weight, strength, starts):
@@ -100,7 +96,7 @@ def cases() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, 
     lanes = stream(), stream(), stream(), stream(), leaf(2), leaf(2, 2)
     tokens, starts = torch.randint(VOCABULARY, (1, TOKENS)), torch.rand(1, TOKENS) < 0.001
     return {
-        "lanes part": (part_lanes, (stream(), stream(), *embedding, *skip)),
+        "lanes part": (parting, (stream(), stream(), *embedding, *skip)),
         "two lanes": (two_lanes, (*lanes, *embedding)),
         "two lanes + skip": (two_lanes, (*lanes, *embedding, *skip)),
         "lanes merge": (merge, lanes),

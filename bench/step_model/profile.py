@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             "tokens": settings.train_batch_tokens,
             "device": torch.cuda.get_device_name() if CUDA else "cpu",
             "torch": torch.__version__,
-            "attention": trainer.model.attention,
+            "attention": trainer.model.execution.attention,
             **profiled(trainer, options.steps),
         }
     for part, row in answer["classes"].items():

@@ -5,7 +5,7 @@
 Three times. "plain": Inductor's own fusions for Hopper, read without a GPU (compiled_step.py), of the model's plain
 functions; "fused": the same with this package's operations between the matrix products (FUSED_GLUE=on); "least": with
 everything there in one kernel a pass, by formulas (fused_glue.py). Then what could still be saved and is not built
-(step_savings.py). N tokens on each GPU; by default the preset's batch over the GPUs. Before depth recurrence starts
+(savings.py). N tokens on each GPU; by default the preset's batch over the GPUs. Before depth recurrence starts
 ("pre-loop"; the only phase of a preset without loops) and after ("loop"). A trace takes up to half a minute of CPU
 time; as many run side by side as the process may use cores.
 
@@ -14,8 +14,8 @@ the sum over its kernels, with nothing overlapped and no time between kernels. N
 
 Products are counted at 2 FLOPs a multiplication. Attention: half of a full row of TRAIN_SEQ_LEN, two products forward
 and five backward; documents are shorter, so this is the most. Work element by element counts no FLOPs. The optimiser
-and communication are this package's, by formulas (step_operations.py). A kernel that serves several regions is counted
-in the first that fits (step_regions.py), so of the plain step the mixes hold most of the sum of x0's gradients; sums
+and communication are this package's, by formulas (operations.py). A kernel that serves several regions is counted
+in the first that fits (regions.py), so of the plain step the mixes hold most of the sum of x0's gradients; sums
 over regions do not depend on that.
 """
 
@@ -48,7 +48,7 @@ from bench.step_model.regions import CLASSES, GLUE, OTHER
 from bench.step_model.savings import L2_BYTES, PROCESSORS, Chunks, Saving, mlp_chunks, savings
 from pgolf.errors import PgolfError, UserError
 from pgolf.model import ModelConfig
-from pgolf.model.glue import OPERATIONS
+from pgolf.model.execution import FUSABLE
 from pgolf.runtime.host import cores
 from pgolf.settings import Settings, load_settings
 
@@ -148,7 +148,7 @@ def make_phases(settings: Settings, tokens: int, gpus: int) -> list[Phase]:
     jobs = [
         (config, looping, tokens, settings.train_seq_len, packed, fused)
         for looping in reversed(names)  # the longest first
-        for fused in (frozenset(), OPERATIONS)
+        for fused in (frozenset(), FUSABLE)
     ]
     traces = side_by_side(compiled_kernels, jobs)
     pairs = {looping: (traces.pop(0), traces.pop(0)) for looping in reversed(names)}

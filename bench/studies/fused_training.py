@@ -19,7 +19,7 @@ import torch
 
 from pgolf.data.dataset import open_dataset, training_loader
 from pgolf.model import Model, ModelConfig
-from pgolf.model.glue import OPERATIONS
+from pgolf.model.execution import FUSABLE, Execution
 from pgolf.ops import backends
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import Settings, load_settings
@@ -33,8 +33,8 @@ def losses(settings: Settings, fused: frozenset[str], steps: int) -> Iterator[fl
     """Of every step."""
     ranks = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     loader = training_loader(settings, open_dataset(settings, ranks).train_shards, ranks)
-    model = Model(ModelConfig.of(settings)).initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
-    model.fused = fused
+    model = Model(ModelConfig.of(settings), Execution(fused=fused))
+    model.initialise(torch.Generator().manual_seed(settings.seed)).to(ranks.device)
     trainer = Trainer(model, loader, settings, ranks, SimpleNamespace())  # type: ignore[arg-type]
     for trainer.step in range(steps):
         yield trainer.take_step(trainer.schedule.lr_scale(trainer.step / steps)).item()
@@ -42,10 +42,10 @@ def losses(settings: Settings, fused: frozenset[str], steps: int) -> Iterator[fl
 
 def interpret_the_glue_only() -> None:
     """Kernels for the glue, in large blocks because the interpreter's time is by block; definitions for the rest."""
-    for operation in OPERATIONS:
+    for operation in FUSABLE:
         module = importlib.import_module(f"pgolf.triton_kernels.{operation}")
         module.SAFE_LAUNCH = dataclasses.replace(module.SAFE_LAUNCH, tile=INTERPRETED_TILE)
-    backends.choose = lambda op, *_: "triton" if op in OPERATIONS else "reference"  # type: ignore[assignment]
+    backends.choose = lambda op, *_: "triton" if op in FUSABLE else "reference"  # type: ignore[assignment]
 
 
 def main() -> int:
@@ -58,7 +58,7 @@ def main() -> int:
     another = settings.model_copy(update={"seed": settings.seed + 1})
     runs = zip(
         losses(settings, frozenset(), steps),
-        losses(settings, OPERATIONS, steps),
+        losses(settings, FUSABLE, steps),
         losses(another, frozenset(), steps),
         strict=True,
     )

@@ -14,6 +14,7 @@ from pgolf.artifact.model import model_from_artifact
 from pgolf.data.dataset import open_dataset
 from pgolf.evaluation.ngram import NgramConfig, evaluate_ngram
 from pgolf.evaluation.ngram_cache import MIXINGS
+from pgolf.model import choose_execution
 from pgolf.run.saved_settings import read_settings
 from pgolf.runtime.machine import compute_dtype
 from pgolf.runtime.ranks import launch
@@ -29,7 +30,9 @@ def main() -> None:
             settings = read_settings(folder / "settings.json")
             data = open_dataset(settings, ranks)
             artifact = read_artifact(folder / "model.pgolf")
-            model = model_from_artifact(artifact, compute_dtype(settings.dtype, ranks.device), ranks.device)
+            dtype = compute_dtype(settings.dtype, ranks.device)
+            execution = choose_execution(ranks.device, dtype, settings.longest_text)
+            model = model_from_artifact(artifact, execution, ranks.device)
             how = {**settings.scoring, "batch_tokens": settings.val_batch_size, "ranks": ranks}
             for mixing in MIXINGS:
                 begin = time.perf_counter()

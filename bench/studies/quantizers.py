@@ -15,8 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from pgolf.artifact import write_artifact
 from pgolf.artifact.model import load_weights
 from pgolf.data.dataset import open_dataset, training_loader
@@ -47,7 +45,7 @@ def rows_of(folder: Path, ranks, work: Path):
     state = checkpoint.load(folder / checkpoint.CHECKPOINT)
     data = open_dataset(settings, ranks)
     config = ModelConfig.of(settings)
-    model = Model(config, torch.float32)
+    model = Model(config)
     model.load_state_dict(dict(checkpoint.weights(folder)))
     model.to(ranks.device)
 
@@ -63,7 +61,7 @@ def rows_of(folder: Path, ranks, work: Path):
         ).bpb
 
     def mean_bpb(chosen, clips: dict[str, float]) -> float:
-        scored, found = Model(config, torch.float32).to(ranks.device), []
+        scored, found = Model(config).to(ranks.device), []
         for draw in DRAWS:
             stored = quantize(model, hessians, chosen, {key: draw * clip for key, clip in clips.items()})
             load_weights(scored, stored)

@@ -10,11 +10,11 @@ from pgolf.artifact.corrections import add_corrections, corrected_by
 from pgolf.artifact.file import Artifact
 from pgolf.artifact.stored_tensor import StoredTensor
 from pgolf.errors import ArtifactError, UserError
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Execution, Model, ModelConfig
 from pgolf.settings import validate
 
 
-def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> Model:
+def model_from_artifact(artifact: Artifact, execution: Execution, device: torch.device) -> Model:
     """Build the model that an artifact describes, with the artifact's weights and nothing else."""
     described = artifact.metadata.get("model")
     if not isinstance(described, dict) or described.keys() != {field.name for field in fields(ModelConfig)}:
@@ -24,12 +24,9 @@ def model_from_artifact(artifact: Artifact, dtype: torch.dtype, device: torch.de
     except UserError as error:
         raise ArtifactError(f"artifact: its model cannot be: {error}") from None
     _of_model(config, artifact.tensors.values())  # before anything is allocated for it
-    model = Model(config, dtype)
-    model.attention = attention
-    model.looping = config.num_loops > 0 and artifact.metadata.get("looping", True) is True
+    model = Model(config, execution)
+    model.enter(looping=config.num_loops > 0 and artifact.metadata.get("looping", True) is True)
     load_weights(model, artifact.tensors.values())
-    if config.asym_logit_rescale:
-        model.caps_differ = bool((model.softcaps != config.logit_softcap).any())
     return model.to(device)
 
 
@@ -46,6 +43,7 @@ def load_weights(model: Model, tensors: Iterable[StoredTensor]) -> None:
             if not all(math.isfinite(end) for end in torch.aminmax(weight[name])):  # NaN wins in both
                 raise ArtifactError(f"artifact: the weights of {name} are not finite")
             parameter.copy_(weight[name])
+    model.weights_changed()
 
 
 def _of_model(

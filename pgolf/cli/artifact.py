@@ -111,12 +111,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     from pgolf.artifact import VERSION, read_artifact
     from pgolf.artifact.model import model_from_artifact
     from pgolf.evaluation.stored_scoring import scoring_of
+    from pgolf.model import Execution
 
     path = _path(arguments.file)
     artifact = read_artifact(path)
     describes = "model" in artifact.metadata
     if describes:  # all that `pgolf eval` takes from it
-        model_from_artifact(artifact, torch.float32, torch.device("cpu"))
+        model_from_artifact(artifact, Execution(), torch.device("cpu"))
         scoring_of(artifact.metadata.get("scoring"))
         if not _is_sha256(artifact.metadata.get("tokenizer_sha256")):
             raise ArtifactError("artifact: its metadata does not name its tokenizer by a SHA-256")

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pgolf.data.tokenizer import Tokenizer
     from pgolf.evaluation.ngram import NgramConfig, evaluate_ngram
     from pgolf.evaluation.scoring import evaluate
-    from pgolf.model.attention import choose_attention
+    from pgolf.model import choose_execution
     from pgolf.run.saved_settings import read_settings
     from pgolf.runtime.machine import compute_dtype
     from pgolf.runtime.ranks import launch
@@ -55,9 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     tokens, token_bytes = validation_split(data_path, tokenizer)
     scoring = scoring_of(artifact.metadata.get("scoring"), arguments.seq_len, arguments.stride)
     with launch() as ranks:
-        dtype = compute_dtype("auto", ranks.device)
-        attention = choose_attention("auto", ranks.device, dtype, scoring["seq_len"])
-        model = model_from_artifact(artifact, dtype, ranks.device, attention)
+        execution = choose_execution(ranks.device, compute_dtype("auto", ranks.device), scoring["seq_len"])
+        model = model_from_artifact(artifact, execution, ranks.device)
         batch_tokens = saved.val_batch_size if saved else 65_536
         if arguments.ngram:
             config = NgramConfig.of(saved or load_settings({}, preset="baseline"), arguments.ngram)

@@ -7,8 +7,18 @@ and adds no operation.
 """
 
 from pgolf.model.config import LOOKED_UP, ModelConfig, role_of
-from pgolf.model.glue import choose_fused_glue
-from pgolf.model.model import Model, Observer
-from pgolf.model.norm import norm
+from pgolf.model.execution import Execution, choose_execution
+from pgolf.model.layer import Observer
+from pgolf.model.model import Model
+from pgolf.ops.residual_rms_norm import norm
 
-__all__ = ["LOOKED_UP", "Model", "ModelConfig", "Observer", "choose_fused_glue", "norm", "role_of"]
+__all__ = [
+    "LOOKED_UP",
+    "Execution",
+    "Model",
+    "ModelConfig",
+    "Observer",
+    "choose_execution",
+    "norm",
+    "role_of",
+]

@@ -114,6 +114,8 @@ class ModelConfig:
         return visits(self.num_layers, loops, self.loop_start, self.loop_end, self.unet_skips)
 
     def norm_scale(self, layer: int) -> float:
+        """With LN_SCALE (PR #315) deep layers read a smaller input, so that their weights' gradients and outputs do not
+        outgrow those of the first."""
         return 1.0 / math.sqrt(layer + 1) if self.ln_scale else 1.0
 
     def excludes_self(self, layer: int) -> bool:

@@ -1,83 +1,83 @@
 """The forward pass. Training, calibration, scoring and test-time training all call this one."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf import ops
-from pgolf.model.attention import attention
-from pgolf.model.attention_gate import gate_logits, gate_rows
+from pgolf.model.attention_gate import gate_rows
 from pgolf.model.bigram_hash import bigram_buckets, bigram_embedding
 from pgolf.model.config import ModelConfig
 from pgolf.model.documents import Documents, packed_documents, rows_as_documents
+from pgolf.model.execution import Execution
 from pgolf.model.initialise import initialise
-from pgolf.model.norm import norm
+from pgolf.model.lanes import Routing, merge_lanes, part_lanes, route_lanes
+from pgolf.model.layer import Batch, Layer, Observer, attention_branch, mlp_branch
+from pgolf.model.recurrence import Visit
+from pgolf.model.residual import add_branch, add_mix_norm, add_norm
 from pgolf.model.rotary import rotary_tables, score_scale
-from pgolf.model.stream import FusedLanes, FusedStream, Lanes, Stream
-from pgolf.model.value_embedding import value_embedding
+from pgolf.model.skips import Skip
+from pgolf.model.value_embedding import value_embeddings
 from pgolf.ops.embedding_smear_norm import embedding_smear_norm_reference, smear
-from pgolf.ops.leaky_relu2_mlp import activation
-from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
+from pgolf.ops.residual_rms_norm import norm
 from pgolf.ops.softcapped_cross_entropy import soft_cap, softcapped_cross_entropy_reference
-from pgolf.ops.xsa_gate import gate_heads, xsa_gate_reference
 
-# Called with (bank name, index in the bank, input) for every matrix product: how calibration sees the inputs.
-Observer = Callable[[str, int, Tensor], None]
+# (name, bank) -> what the forward pass takes in place of the bank; called once a pass.
+FakeQuantizer = Callable[[str, Tensor], Tensor]
 
-
-class Layer(NamedTuple):
-    """One layer's parameters in the compute dtype."""
-
-    number: int
-    q: Tensor  # (dim, dim)
-    k: Tensor  # (kv_dim, dim)
-    v: Tensor  # (kv_dim, dim)
-    out: Tensor  # (dim, dim), its rows times attn_scale
-    up: Tensor  # (hidden_dim, dim)
-    down: Tensor  # (dim, hidden_dim), its rows times mlp_scale
-    gain: Tensor  # (heads,)
-    mix: Tensor  # (2, dim)
-    # Of techniques that may be off:
-    gate: Tensor  # (heads, gate_window), attention's
-    keep: Tensor  # (2,) and
-    post: Tensor  # (2, 2), the two lanes'
-    joined: Tensor  # (columns, dim): q, k, v and gate below one another, for one product
-
-
-class Batch(NamedTuple):
-    """What every layer needs to know of the tokens."""
-
-    documents: Documents
-    rotary: tuple[Tensor, Tensor]
-    values: dict[int, Tensor]  # layer -> what it adds to its values, (rows, length, kv_dim)
+PLAIN = Execution()
 
 
 class Model(nn.Module):
-    """Parameters are float32; the forward pass computes in `dtype`. Shapes are in `ModelConfig.shapes`."""
+    """Parameters are float32, their shapes in `ModelConfig.shapes`; the forward pass computes as `execution` says.
+
+    Changed by methods alone: `execution` by `execute`, `looping` and `fake_quantize` by `enter`, `caps_differ` by
+    `weights_changed`.
+    """
 
     embedding: nn.Parameter
     attn_scale: nn.Parameter
     mlp_scale: nn.Parameter
     softcaps: nn.Parameter
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: ModelConfig, execution: Execution = PLAIN):
         super().__init__()
-        self.config, self.dtype = config, dtype
-        self.attention = "auto"  # a backend of pgolf.model.attention
-        self.fused: frozenset[str] = frozenset()  # operations between the products: glue.py
-        self.looping = config.num_loops > 0  # depth recurrence; a trainer may switch it on late
+        self.config = config
         self.visits = {looping: config.visits(looping) for looping in (False, True)}
-        self.caps_differ = False  # whether test-time training has moved the two softcaps, one for each sign
-        self.fake_quantize: Callable[[str, Tensor], Tensor] | None = None  # of (name, bank), once a forward pass
+        self.caps_differ = False  # whether test-time training has moved the two soft-caps, one for each sign
+        self.execute(execution)
+        self.enter(looping=config.num_loops > 0)
         for name, shape in config.shapes().items():
             self.register_parameter(name, nn.Parameter(torch.ones(shape)))
 
     def initialise(self, generator: torch.Generator) -> "Model":
         initialise(dict(self.named_parameters()), self.config, generator)
         return self
+
+    def execute(self, execution: Execution) -> None:
+        """Compute so from now on."""
+        self.execution = execution
+
+    def enter(self, *, looping: bool, fake_quantize: FakeQuantizer | None = None) -> None:
+        """Run with depth recurrence or without, and on banks as they are or as `fake_quantize` makes them.
+
+        The compiler guards both: each combination has a graph of its own.
+        """
+        self.looping, self.fake_quantize = looping, fake_quantize
+
+    def weights_changed(self) -> None:
+        """To be called once parameters were overwritten. Looks at the soft-caps, for which the host waits."""
+        if self.config.asym_logit_rescale:
+            self.caps_differ = bool((self.softcaps != self.config.logit_softcap).any())
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        found = super().load_state_dict(*arguments, **options)
+        self.weights_changed()
+        return found
 
     def forward(
         self,
@@ -94,8 +94,8 @@ class Model(nn.Module):
         else:
             tokens = tokens.reshape(1, -1)
             documents = packed_documents(tokens, cu_seqlens, max_seqlen)
-        embedding = self.embedding.to(self.dtype)
-        x = self._layers(self._embed(tokens, embedding, documents), self._batch(tokens, documents), observe)
+        embedding = self.embedding.to(self.execution.dtype)
+        x = self._layers(self.embed(tokens, embedding, documents), self._batch(tokens, documents), observe)
         if observe:
             observe("embedding", 0, x)
         return F.linear(x, embedding).view(*shape, -1)
@@ -121,149 +121,103 @@ class Model(nn.Module):
         """Logits after the soft-cap, in float32: what probabilities are made of."""
         return soft_cap(logits.float(), self.softcaps if self.caps_differ else self.config.logit_softcap)
 
-    def _embed(self, tokens: Tensor, embedding: Tensor, documents: Documents) -> Tensor:
+    def embed(self, tokens: Tensor, embedding: Tensor, documents: Documents) -> Tensor:
         """The first layer's input, (rows, length, dim)."""
         config, starts = self.config, documents.starts
         if config.smear_gate_enabled:
-            gate = self._cast("smear_gate"), self._cast("smear_lambda")
+            gate = self.cast("smear_gate"), self.cast("smear_lambda")
             if config.smear_gate_bos_fix:
                 starts = starts | (tokens == config.bos_id)
             if not config.bigram_vocab_size:
-                fused = "embedding_smear_norm" in self.fused
+                fused = "embedding_smear_norm" in self.execution.fused
                 embed = ops.embedding_smear_norm if fused else embedding_smear_norm_reference
                 return embed(tokens, embedding, *gate, starts)
         x = F.embedding(tokens, embedding)
         if config.bigram_vocab_size:
             buckets = bigram_buckets(tokens, documents.starts, config.bigram_vocab_size)
             names = ("bigram_embedding", "bigram_projection", "bigram_scale")
-            x = x + bigram_embedding(buckets, *map(self._cast, names))
+            x = x + bigram_embedding(buckets, *map(self.cast, names))
         if config.smear_gate_enabled:
             x = smear(x, *gate, starts)
         return norm(x)
 
     def _batch(self, tokens: Tensor, documents: Documents) -> Batch:
         config = self.config
+        stretch = max(1.0, documents.longest / config.rope_train_seq_len)
         rotary = rotary_tables(
             documents.positions,
             config.rotary_dims,
             config.rope_base,
-            self.dtype,
+            self.execution.dtype,
             config.rope_scaling,
-            self._stretch(documents),
+            stretch,
             config.rope_train_seq_len,
         )
         values: dict[int, Tensor] = {}
         if config.value_embedding_layers:
-            shared = value_embedding(tokens, *map(self._cast, ("value_embedding", "value_projection", "value_scale")))
-            scales = self._cast("value_layer_scales").unbind(0)
-            values = {layer: shared * scale for layer, scale in zip(config.value_embedding_layers, scales, strict=True)}
-        return Batch(documents, rotary, values)
+            names = ("value_embedding", "value_projection", "value_scale", "value_layer_scales")
+            layers = config.value_embedding_layers
+            values = dict(zip(layers, value_embeddings(tokens, *map(self.cast, names)), strict=True))
+        return Batch(documents, rotary, score_scale(config.rope_scaling, stretch), values)
 
-    def _stretch(self, documents: Documents) -> float:
-        return max(1.0, documents.longest / self.config.rope_train_seq_len)
-
-    def _layers(self, x: Tensor, batch: Batch, observe: Observer | None) -> Tensor:
+    def _layers(self, x0: Tensor, batch: Batch, observe: Observer | None) -> Tensor:
         """From the normalised embedding to the normalised hidden state, (rows, length, dim) both."""
-        config, layers = self.config, self._weights()
-        weights, gates = self._rows("skip_weights", config.num_skips), self._rows("skip_gates", config.num_skips)
-        x0 = x
-        stream = (FusedStream if "residual_rms_norm" in self.fused else Stream)(x)
-        lanes: Lanes | None = None
-        for visit in self.visits[self.looping]:
-            layer = layers[visit.layer]
-            if lanes is None and config.two_lanes(visit):
-                lanes = (FusedLanes if "two_lane_rms_norm" in self.fused else Lanes)(stream)
-            if visit.skip is not None:
-                (lanes or stream).skip(weights[visit.skip], gates[visit.skip])
-            if lanes is not None:
-                self._two_lane_layer(layer, lanes, x0, batch, observe)
-            elif config.parallel(visit.layer):
-                self._parallel_layer(layer, stream, x0, batch, observe)
+        config, fused, layers = self.config, "residual_rms_norm" in self.execution.fused, self.layer_weights()
+        weights, gates = self.rows("skip_weights", config.num_skips), self.rows("skip_gates", config.num_skips)
+        attend = partial(attention_branch, config, self.execution, batch=batch, observe=observe)
+        mlp = partial(mlp_branch, config, observe=observe)
+        stored: list[Tensor] = []  # for skips, the last one first
+        visits = self.visits[self.looping]
+
+        def skip_of(visit: Visit) -> Skip | None:
+            return None if visit.skip is None else Skip(stored.pop(), weights[visit.skip], gates[visit.skip])
+
+        x, keep_sum = x0, False
+        branch: Tensor | None = None  # the stream is x + branch; keep_sum: that returns later, as a skip
+        for number, visit in enumerate(visits):
+            if config.two_lanes(visit):
+                return self._two_lanes(x, branch, x0, visits[number:], layers, skip_of, attend, mlp)
+            layer, scale = layers[visit.layer], config.norm_scale(visit.layer)
+            total, x, h = add_mix_norm(x, branch, skip_of(visit), x0, layer.mix, scale, fused, keep_sum)
+            if keep_sum:
+                stored.append(total)
+            attended = attend(layer, h)
+            if config.parallel(visit.layer):  # GPT-J form, PRs #1204 and #1412: one norm, and both branches read it
+                x = add_branch(x, attended)
             else:
-                self._layer(layer, stream, x0, batch, observe)
-            if visit.stores:
-                stream.store()
-        return stream.norm() if lanes is None else lanes.merged_norm(config.parallel_final_lane)
+                x, h = add_norm(x, attended, scale, fused)
+            branch, keep_sum = mlp(layer, h), visit.stores
+            if keep_sum and visits[number + 1].skip is not None:  # in the middle, where it returns at once
+                x, branch, keep_sum = add_branch(x, branch), None, False
+                stored.append(x)
+        return add_norm(x, branch, 1.0, fused)[1]
 
-    def _layer(self, layer: Layer, stream: Stream, x0: Tensor, batch: Batch, observe: Observer | None) -> None:
-        scale = self.config.norm_scale(layer.number)
-        stream.mix(x0, layer.mix)
-        stream.add(self._attend(layer, stream.norm(scale), batch, observe))
-        stream.add(self._mlp(layer, stream.norm(scale), observe))
+    def _two_lanes(
+        self,
+        x: Tensor,  # the stream is x + branch
+        branch: Tensor | None,
+        x0: Tensor,
+        visits: Sequence[Visit],  # those that are left
+        layers: Sequence[Layer],
+        skip_of: Callable[[Visit], Skip | None],
+        attend: Callable[[Layer, Tensor], Tensor],
+        mlp: Callable[[Layer, Tensor], Tensor],
+    ) -> Tensor:
+        """The rest of `_layers` from where the stream parts."""
+        config, fused = self.config, "two_lane_rms_norm" in self.execution.fused
 
-    def _parallel_layer(self, layer: Layer, stream: Stream, x0: Tensor, batch: Batch, observe: Observer | None) -> None:
-        """GPT-J form, PRs #1204 and #1412: one norm, and both branches read it."""
-        stream.mix(x0, layer.mix)
-        h = stream.norm(self.config.norm_scale(layer.number))
-        stream.add(self._attend(layer, h, batch, observe))
-        stream.add(self._mlp(layer, h, observe))
+        def before(visit: Visit) -> tuple[Skip | None, Tensor, Tensor, float, bool]:
+            return skip_of(visit), x0, layers[visit.layer].mix, config.norm_scale(visit.layer), fused
 
-    def _two_lane_layer(self, layer: Layer, lanes: Lanes, x0: Tensor, batch: Batch, observe: Observer | None) -> None:
-        h, of_second = lanes.norms(x0, layer.mix, self.config.norm_scale(layer.number))
-        attended = self._attend(layer, h, batch, observe)
-        lanes.route(attended, self._mlp(layer, of_second, observe), layer.keep, layer.post)
+        lanes, h, of_second = part_lanes(x, branch, *before(visits[0]))
+        for visit, following in zip(visits, (*visits[1:], None), strict=True):
+            layer = layers[visit.layer]
+            routing = Routing([attend(layer, h), mlp(layer, of_second)], layer.keep, layer.post)
+            if following is not None:
+                lanes, h, of_second = route_lanes(lanes, routing, *before(following))
+        return merge_lanes(lanes, routing, config.parallel_final_lane, fused)
 
-    def _attend(self, layer: Layer, h: Tensor, batch: Batch, observe: Observer | None) -> Tensor:
-        """Attention of the normalised input h (rows, length, dim), with its output projection."""
-        config, documents = self.config, batch.documents
-        if observe:
-            observe("qo_bank", layer.number, h)
-            observe("kv_bank", layer.number, h)
-            observe("kv_bank", config.num_layers + layer.number, h)
-        gain = layer.gain
-        if (sharpen := score_scale(config.rope_scaling, self._stretch(documents))) != 1.0:
-            gain = gain * sharpen
-        if layer.joined is not None:
-            q, k, v, own, logits = self._take_apart(layer, F.linear(h, layer.joined), batch, gain)
-        else:
-            query = F.linear(h, layer.q)
-            k = F.linear(h, layer.k).unflatten(-1, (config.num_kv_heads, -1))
-            v = F.linear(h, layer.v)
-            if layer.number in batch.values:
-                v = v + batch.values[layer.number]
-            v = own = v.unflatten(-1, (config.num_kv_heads, -1))
-            q, k = self._norm_and_rotate(query.unflatten(-1, (config.num_heads, -1)), k, batch.rotary, gain)
-            logits = gate_logits(query if config.gates_by_query else h, layer.gate) if config.gates else None
-        y = attention(q, k, v, documents.cu_seqlens, documents.longest, self.attention)
-        y = self._exclude_and_gate(layer, y, own, logits).flatten(-2)
-        if observe:
-            observe("qo_bank", config.num_layers + layer.number, y)
-        return F.linear(y, layer.out)
-
-    def _take_apart(
-        self, layer: Layer, projected: Tensor, batch: Batch, gain: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """q and k for attention, v for attention and for XSA, and the gate's logits, of one product."""
-        config, added = self.config, batch.values.get(layer.number)
-        readers = 2 if added is None and config.excludes_self(layer.number) else 1
-        q, k, (v, *again), logits = ops.qkv_norm_rope(
-            projected, *batch.rotary, gain, config.num_kv_heads, config.head_dim, readers, config.gates
-        )
-        if added is not None:
-            v = v + added.view_as(v)
-        return q, k, v, again[0] if again else v, logits if config.gates else None
-
-    def _norm_and_rotate(
-        self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor], gain: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        norm_and_rotate = ops.qk_norm_rope if "qk_norm_rope" in self.fused else qk_norm_rope_reference
-        return norm_and_rotate(q, k, *rotary, gain)
-
-    def _exclude_and_gate(self, layer: Layer, y: Tensor, v: Tensor, logits: Tensor | None) -> Tensor:
-        config = self.config
-        gain, scale = (2.0, 1.0) if config.attn_out_gate_enabled else (1.0, config.sparse_attn_gate_scale)
-        if config.excludes_self(layer.number):
-            return (ops.xsa_gate if "xsa_gate" in self.fused else xsa_gate_reference)(y, v, logits, gain, scale)
-        return y if logits is None else gate_heads(y, logits, gain, scale)
-
-    def _mlp(self, layer: Layer, h: Tensor, observe: Observer | None) -> Tensor:
-        slope = self.config.mlp_slope
-        if observe:
-            observe("up_bank", layer.number, h)
-            observe("down_bank", layer.number, activation(h, layer.up, slope).square())
-        return ops.leaky_relu2_mlp(h, layer.up, layer.down, slope)
-
-    def _weights(self) -> list[Layer]:
+    def layer_weights(self) -> list[Layer]:
         """One cast and one unbind a bank: the gradient of a bank is then stacked once, not padded layer by layer.
 
         What scales a branch by channel scales the rows of its last matrix: no pass over the tokens, and nothing kept
@@ -274,11 +228,11 @@ class Model(nn.Module):
         k, v = self._bank("kv_bank").split(layers)
         out = out * self.attn_scale.unsqueeze(-1)
         down = self._bank("down_bank") * self.mlp_scale.unsqueeze(-1)
-        banks = [bank.to(self.dtype) for bank in (q, k, v, out, self._bank("up_bank"), down)]
+        banks = [bank.to(self.execution.dtype) for bank in (q, k, v, out, self._bank("up_bank"), down)]
         names = ("q_gain", "resid_mix", "attn_gate", "parallel_resid_lambdas", "parallel_post_lambdas")
         parts: list[Sequence[Any]] = [bank.unbind(0) for bank in banks]
-        parts += [self._rows(name, layers) for name in names]
-        parts.append(self._join(*banks[:3]).unbind(0) if "qkv_norm_rope" in self.fused else (None,) * layers)
+        parts += [self.rows(name, layers) for name in names]
+        parts.append(self._join(*banks[:3]).unbind(0) if "qkv_norm_rope" in self.execution.fused else (None,) * layers)
         return [Layer(i, *(rows[i] for rows in parts)) for i in range(layers)]
 
     def _join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -289,7 +243,7 @@ class Model(nn.Module):
         """
         banks = [q, k, v]
         if self.config.gates:
-            banks.append(gate_rows(self._cast("attn_gate"), q if self.config.gates_by_query else None, q.size(-1)))
+            banks.append(gate_rows(self.cast("attn_gate"), q if self.config.gates_by_query else None, q.size(-1)))
         columns = sum(bank.size(1) for bank in banks)
         if columns % 64:
             banks.append(q.new_zeros(q.size(0), -columns % 64, q.size(2)))
@@ -299,10 +253,10 @@ class Model(nn.Module):
         bank = getattr(self, name)
         return bank if self.fake_quantize is None else self.fake_quantize(name, bank)
 
-    def _cast(self, name: str) -> Tensor:
+    def cast(self, name: str) -> Tensor:
         """A parameter in the compute dtype."""
-        return getattr(self, name).to(self.dtype)
+        return getattr(self, name).to(self.execution.dtype)
 
-    def _rows(self, name: str, count: int) -> Sequence[Any]:
+    def rows(self, name: str, count: int) -> Sequence[Any]:
         """A parameter's rows in the compute dtype, or nothing that often where the technique is off."""
-        return self._cast(name).unbind(0) if name in self._parameters else (None,) * count
+        return self.cast(name).unbind(0) if name in self._parameters else (None,) * count

@@ -1,7 +1,17 @@
 """U-Net skips: outputs of the first half of the layers return, in reverse order, before those of the second half."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Skip(NamedTuple):
+    """An earlier output that returns, and its parameters."""
+
+    output: Tensor  # (rows, length, dim)
+    weight: Tensor  # (dim,), begins at 1
+    gate: Tensor | None  # (dim,), begins at 0; None without SKIP_GATES_ENABLED
 
 
 def add_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:

@@ -4,10 +4,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def value_embedding(tokens: Tensor, table: Tensor, projection: Tensor, scale: Tensor) -> Tensor:
-    """scale · table[token] · projectionᵀ, shared by the layers of VE_LAYERS, each of which scales it once more.
-
-    tokens (rows, length), table (vocab_size, VE_DIM), projection (kv_dim, VE_DIM) -> (rows, length, kv_dim). The
-    projection begins at 0, the scale at 0.1, the layers' scales at 1.
-    """
-    return scale * F.linear(F.embedding(tokens, table), projection)
+def value_embeddings(
+    tokens: Tensor,  # (rows, length) integer
+    table: Tensor,  # (vocab_size, VE_DIM)
+    projection: Tensor,  # (kv_dim, VE_DIM), begins at 0
+    scale: Tensor,  # (1,), begins at 0.1
+    layer_scales: Tensor,  # (layers,), begin at 1
+) -> list[Tensor]:
+    """scale · table[token] · projectionᵀ (rows, length, kv_dim), scaled once more for each layer of VE_LAYERS."""
+    shared = scale * F.linear(F.embedding(tokens, table), projection)
+    return [shared * layer_scale for layer_scale in layer_scales.unbind(0)]

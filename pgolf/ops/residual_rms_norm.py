@@ -1,7 +1,7 @@
 """What a layer does to the residual stream before it reads it: add, mix with other streams, RMSNorm and scale.
 
 One stream: the mix with the embedding of every record; two: that and a U-Net skip, whose gate and weight are products
-of weights a channel; three: two lanes and their branches before the final norm (pgolf/model/stream.py).
+of weights a channel; three: two lanes and their branches before the final norm (pgolf/model/lanes.py).
 
 Kept for the backward pass: m without streams; else u, where it was asked for, or x and branch, and the streams. No norm
 and no product. The backward pass is one pass over rows that also sums the weights' gradients; x and branch share one
@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops import backends, checks
@@ -126,13 +127,31 @@ def residual_rms_norm_reference(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch; arguments as for `residual_rms_norm`."""
-    mixed = x if branch is None else x + branch
-    if weights is not None:
-        mixed = weights[0] * mixed
-        for weight, stream in zip(weights[1:], streams, strict=True):
-            mixed = mixed + weight * stream
-        mixed = mixed.to(x.dtype)
-    return mixed, scale * torch.nn.functional.rms_norm(mixed, mixed.shape[-1:])
+    _, mixed = add_and_mix(x, branch, streams, weights)
+    mixed = mixed.to(x.dtype)
+    return mixed, norm(mixed, scale)
+
+
+def add_and_mix(
+    x: Tensor, branch: Tensor | None = None, streams: Sequence[Tensor] = (), weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """u and m of the definition."""
+    total = x if branch is None else x + branch
+    return total, total if weights is None else mix_streams(total, streams, weights)
+
+
+def mix_streams(x: Tensor, streams: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """w_0 ⊙ x + Σ_i w_i ⊙ z_i."""
+    mixed = weights[0] * x
+    for i, stream in enumerate(streams, 1):
+        mixed = mixed + weights[i] * stream
+    return mixed
+
+
+def norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · x / sqrt(mean(x²) + eps) over the last dimension: RMSNorm without weights."""
+    x = F.rms_norm(x, x.shape[-1:])
+    return x if scale == 1.0 else x * scale
 
 
 def epsilon(dtype: torch.dtype) -> float:
@@ -178,8 +197,8 @@ def _forward(
             inputs[0], inputs[1], inputs[2:], _dense(weights), scale, epsilon(x.dtype), keep_sum
         )
         return x.new_empty(0) if kept is None else kept, x.new_empty(0) if mixed is None else mixed, normed
-    total, mixed = _combine(x, branch, streams, weights)
-    normed = mixed * (scale * inverse_rms(mixed, x.dtype))
+    total, mixed = add_and_mix(*_widened(x, branch, streams, weights))
+    normed = norm(mixed, scale)
     return (
         total.to(x.dtype) if keep_sum else x.new_empty(0),
         mixed.to(x.dtype) if branch is not None or streams else x.new_empty(0),
@@ -231,17 +250,19 @@ def _(x, branch, first, second, third, weights, grad_sum, grad_mixed, grad_norme
 
 
 def _gradients_in_pytorch(x, branch, streams, weights, grad_sum, grad_mixed, grad_normed, scale):
-    total, mixed = _combine(x, branch, streams, weights)
-    d = norm_gradient(mixed, grad_normed.to(mixed.dtype), x.dtype, scale)
+    dtype = x.dtype
+    x, branch, streams, weights = _widened(x, branch, streams, weights)
+    total, mixed = add_and_mix(x, branch, streams, weights)
+    d = norm_gradient(mixed, grad_normed.to(mixed.dtype), dtype, scale)
     if grad_mixed is not None:
         d = d + grad_mixed
     dx, gradients, dweights = d, [], None
     if weights is not None:
         dweights = torch.stack([(d * value).sum(0) for value in (total, *streams)])
-        dx, *gradients = [(weight * d).to(x.dtype) for weight in weights.to(d.dtype)]
+        dx, *gradients = [(weight * d).to(dtype) for weight in weights]
     if grad_sum is not None:
         dx = (weights[0] * d if weights is not None else d) + grad_sum
-    return dx.to(x.dtype), gradients, dweights
+    return dx.to(dtype), gradients, dweights
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -278,16 +299,11 @@ def _backward(ctx, grad_sum: Tensor | None, grad_mixed: Tensor | None, grad_norm
 _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _combine(x, branch, streams, weights) -> tuple[Tensor, Tensor]:
-    """u and m in float32 or wider."""
+def _widened(x, branch, streams, weights) -> tuple[Tensor, Tensor | None, list[Tensor], Tensor | None]:
+    """The same in float32, float64 for float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = x.to(wide) if branch is None else x.to(wide) + branch
-    if weights is None:
-        return total, total
-    mixed = weights[0] * total
-    for weight, stream in zip(weights[1:].to(wide), streams, strict=True):
-        mixed = mixed + weight * stream
-    return total, mixed
+    branch, weights = (None if value is None else value.to(wide) for value in (branch, weights))
+    return x.to(wide), branch, [stream.to(wide) for stream in streams], weights
 
 
 def _uses_kernel(x: Tensor, backend: str) -> bool:

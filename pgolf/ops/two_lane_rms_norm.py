@@ -9,11 +9,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops import backends, checks
-from pgolf.ops.residual_rms_norm import epsilon, inverse_rms, norm_gradient
+from pgolf.ops.residual_rms_norm import epsilon, mix_streams, norm, norm_gradient
 
 backends.register("two_lane_rms_norm", triton=("cuda",))
 
@@ -95,16 +94,30 @@ def two_lane_rms_norm_reference(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition in plain PyTorch; arguments as for `two_lane_rms_norm`."""
+    _, second, first, mixed = _route_and_mix(lanes, branches, keep, post, x0, mix, skip, skip_weights)
+    outs = first, second, norm(mixed, scale), norm(second, scale)
+    first, second, first_normed, second_normed = (out.to(x0.dtype) for out in outs)
+    return first, second, first_normed, second_normed
+
+
+def route_to_lanes(
+    lanes: Sequence[Tensor], branches: Sequence[Tensor], keep: Tensor, post: Tensor
+) -> tuple[Tensor, Tensor]:
+    """a and b of the definition."""
     routed = []
     for i in range(2):
         lane = keep[i] * lanes[i % len(lanes)]
-        routed.append(sum((post[j, i] * branch for j, branch in enumerate(branches)), start=lane).to(x0.dtype))
-    first, second = routed
-    if skip is not None and skip_weights is not None:
-        first = (skip_weights[0] * first + skip_weights[1] * skip).to(x0.dtype)
-    mixed = (mix[0] * first + mix[1] * x0).to(x0.dtype)
-    first_normed, second_normed = (scale * F.rms_norm(x, x.shape[-1:]) for x in (mixed, second))
-    return first, second, first_normed, second_normed
+        for j, branch in enumerate(branches):
+            lane = lane + post[j, i] * branch
+        routed.append(lane)
+    return routed[0], routed[1]
+
+
+def _route_and_mix(lanes, branches, keep, post, x0, mix, skip, skip_weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a, b, a' and m of the definition."""
+    a, b = route_to_lanes(lanes, branches, keep, post)
+    first = a if skip is None else mix_streams(a, [skip], skip_weights)
+    return a, b, first, mix_streams(first, [x0], mix)
 
 
 @torch.library.custom_op("pgolf::two_lane_rms_norm", mutates_args=())
@@ -126,9 +139,10 @@ def _forward(
         from pgolf.triton_kernels.two_lane_rms_norm import launch  # here, because triton is not on every machine
 
         return launch(*_dense(lanes, branches, keep, post, x0, mix, skip, skip_weights), scale, epsilon(x0.dtype))
-    _, second, first, mixed = _route(lanes, branches, keep, post, x0, mix, skip, skip_weights)
-    outs = (first, second, *(x * (scale * inverse_rms(x, x0.dtype)) for x in (mixed, second)))
-    a, b, y0, y1 = (out.to(x0.dtype, memory_format=torch.contiguous_format) for out in outs)
+    dtype, inputs = x0.dtype, _widened(lanes, branches, keep, post, x0, mix, skip, skip_weights)
+    lanes, branches, keep, post, x0, mix, skip, skip_weights = inputs
+    outs = two_lane_rms_norm_reference(lanes, branches, keep, post, x0, mix, skip, skip_weights, scale)
+    a, b, y0, y1 = (out.to(dtype, memory_format=torch.contiguous_format) for out in outs)
     return a, b, y0, y1
 
 
@@ -174,9 +188,11 @@ def _(lanes, branches, keep, post, x0, mix, skip, skip_weights, upstream, scale,
 
 
 def _gradients_in_pytorch(lanes, branches, keep, post, x0, mix, skip, skip_weights, upstream, scale):
-    a, second, first, mixed = _route(lanes, branches, keep, post, x0, mix, skip, skip_weights)
+    dtype, inputs = x0.dtype, _widened(lanes, branches, keep, post, x0, mix, skip, skip_weights)
+    lanes, branches, keep, post, x0, mix, skip, skip_weights = inputs
+    a, second, first, mixed = _route_and_mix(*inputs)
     grad_first, grad_second, grad_first_normed, grad_second_normed = (g.to(a.dtype) for g in upstream)
-    dmixed = norm_gradient(mixed, grad_first_normed, x0.dtype, scale)
+    dmixed = norm_gradient(mixed, grad_first_normed, dtype, scale)
     dweights = [torch.stack([(dmixed * first).sum(0), (dmixed * x0).sum(0)])]
     dskip = []
     d = grad_first + mix[0] * dmixed
@@ -184,7 +200,7 @@ def _gradients_in_pytorch(lanes, branches, keep, post, x0, mix, skip, skip_weigh
         dskip = [skip_weights[1] * d]
         dweights.append(torch.stack([(d * a).sum(0), (d * skip).sum(0)]))
         d = skip_weights[0] * d
-    ds = d, grad_second + norm_gradient(second, grad_second_normed, x0.dtype, scale)
+    ds = d, grad_second + norm_gradient(second, grad_second_normed, dtype, scale)
     dlanes = [k * d for k, d in zip(keep, ds, strict=True)]
     if len(lanes) == 1:
         dlanes = [dlanes[0] + dlanes[1]]
@@ -193,7 +209,7 @@ def _gradients_in_pytorch(lanes, branches, keep, post, x0, mix, skip, skip_weigh
     dpost = torch.zeros(2, 2, dtype=a.dtype, device=a.device)
     for j, branch in enumerate(branches):
         dpost[j] = torch.stack([(d * branch).sum() for d in ds])
-    wide = [t.to(x0.dtype) for t in (*dlanes, *dbranches, mix[1] * dmixed, *dskip)]
+    wide = [t.to(dtype) for t in (*dlanes, *dbranches, mix[1] * dmixed, *dskip)]
     return wide, dkeep, dpost, dweights
 
 
@@ -220,14 +236,11 @@ def _backward(ctx, *grads: Tensor | None):
 _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _route(lanes, branches, keep, post, x0, mix, skip, skip_weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, b, a' and m in float32 or wider."""
-    wide = torch.promote_types(x0.dtype, torch.float32)
-    a, b = (keep[i] * lanes[i % len(lanes)].to(wide) for i in range(2))
-    for (to_a, to_b), branch in zip(post, branches, strict=False):
-        a, b = a + to_a * branch.to(wide), b + to_b * branch.to(wide)
-    first = a if skip is None else skip_weights[0] * a + skip_weights[1] * skip.to(wide)
-    return a, b, first, mix[0] * first + mix[1] * x0.to(wide)
+def _widened(lanes, branches, *others) -> tuple:
+    """The same in float32, float64 for float64."""
+    wide = torch.promote_types(lanes[0].dtype, torch.float32)
+    rows = ([value.to(wide) for value in values] for values in (lanes, branches))
+    return *rows, *(None if other is None else other.to(wide) for other in others)
 
 
 def _uses_kernel(x0: Tensor, backend: str) -> bool:

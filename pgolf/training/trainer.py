@@ -115,8 +115,7 @@ class Trainer:
 
     def _set(self, phase: Phase) -> None:
         self.phase = phase
-        self.model.looping = phase.looping
-        self.model.fake_quantize = self.quantized if phase.quantized else None
+        self.model.enter(looping=phase.looping, fake_quantize=self.quantized if phase.quantized else None)
 
     def warm_up(self) -> None:
         """Untimed steps that compile and cache everything; afterwards weights, optimisers and data are as before."""
@@ -165,7 +164,7 @@ class Trainer:
         found = performance(self.flops, self.used_seconds, self.step, self.ranks.world_size, self.device)
         run.note(recompilations=compilations() - graphs, **found)
         run.log(" ".join(f"{name}:{round(value, 4)}" for name, value in found.items()))
-        self.model.fake_quantize = None
+        self.model.enter(looping=self.phase.looping)
         if not self.finite():
             raise self._diverged("its weights are not finite")
         if self.average:
@@ -257,13 +256,13 @@ class Trainer:
 
     def _validate(self, validate: Callable[[], Score], seconds: float) -> None:
         """Score the weights as they are, not rounded. `Aborted` after ABORT_STEP if they are worse than ABORT_BPB."""
-        settings, quantized = self.settings, self.model.fake_quantize
-        self.model.fake_quantize = None
+        settings = self.settings
+        self.model.enter(looping=self.phase.looping)
         try:
             score = validate()
         except ScoreError as error:
             raise self._diverged(str(error)) from None
-        self.model.fake_quantize = quantized
+        self._set(self.phase)
         self.run.log_score(self.step, settings.iterations, score, seconds)
         if self.step == settings.abort_step and settings.abort_bpb and not score.bpb <= settings.abort_bpb:
             self.used_seconds = seconds

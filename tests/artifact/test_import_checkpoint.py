@@ -15,7 +15,7 @@ from pgolf.artifact.import_checkpoint import convert, read_state, weight_map
 from pgolf.artifact.model import model_from_artifact
 from pgolf.cli import main
 from pgolf.errors import DataError
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Execution, Model, ModelConfig
 from pgolf.runtime.torch_file import load_plain
 from pgolf.settings import load_settings
 
@@ -109,8 +109,9 @@ def test_the_command_makes_an_artifact_of_the_same_model(tiny_data, tmp_path, mo
     arguments = ["--preset", "record", "--output", str(target), "--tokenizer-path", str(tiny_data[1])]
     assert main(["import-checkpoint", str(tmp_path / "final_model.pt"), *arguments]) == 0
     assert "parameters in float32" in capsys.readouterr().out
-    back = model_from_artifact(read_artifact(target), torch.float32, torch.device("cpu"))
-    assert back.config == model.config
+    execution = Execution(fused=frozenset({"xsa_gate"}))
+    back = model_from_artifact(read_artifact(target), execution, torch.device("cpu"))
+    assert (back.config, back.execution) == (model.config, execution)
     assert back.looping
     assert back.caps_differ  # the random caps
     for name, parameter in back.named_parameters():

@@ -49,7 +49,8 @@ def test_logits_and_loss_are_the_originals(system, width):
     tokens, targets = torch.randint(ours.config.vocab_size, (2, 2, 48))
     tokens[:, 20] = ours.config.bos_id  # #1855's SmearGate looks for it
     for looping in {False, ours.config.num_loops > 0}:
-        theirs.looping_active = ours.looping = looping
+        theirs.looping_active = looping
+        ours.enter(looping=looping)
         compare(theirs, ours, tokens, targets)
 
 

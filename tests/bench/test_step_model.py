@@ -12,7 +12,7 @@ from bench.step_model import operations as step_operations
 from bench.step_model import regions as step_regions
 from bench.step_model import savings as step_savings
 from pgolf.model import ModelConfig
-from pgolf.model.glue import OPERATIONS
+from pgolf.model.execution import FUSABLE
 from pgolf.settings import Settings
 
 TOKENS, LENGTH, DIM, HEADS, KV_HEADS, HIDDEN, VOCAB = 8192, 1024, 256, 4, 2, 512, 512
@@ -49,7 +49,7 @@ def kernels():
 
 @pytest.fixture(scope="module")
 def fused_kernels():
-    return compiled_step.compiled_kernels(CONFIG, False, TOKENS, LENGTH, True, OPERATIONS)
+    return compiled_step.compiled_kernels(CONFIG, False, TOKENS, LENGTH, True, FUSABLE)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_bytes_of_known_kernels(kernels):
     copies = [
         k.bytes_moved
         for k in kernels
-        if not k.backward and step_regions.functions(k) == {"_cast", "qk_norm_rope_reference", "_rows"}
+        if not k.backward and step_regions.functions(k) == {"cast", "qk_norm_rope_reference", "rows"}
     ]
     assert copies == [2 * X + 2 * HEADS] * 2 or copies == [2 * X + 4 * HEADS] * 2
 
@@ -187,29 +187,33 @@ def kernel(operation="", backward=True, shapes=(), calls=(), **more):
         (kernel("pgolf.residual_rms_norm", shapes=((TOKENS, DIM),) * 2), fused_glue.ADD),
         (kernel("pgolf.residual_rms_norm", shapes=((TOKENS, DIM),) * 3 + ((2, DIM),)), fused_glue.MIX),
         (
-            kernel(
-                "pgolf.residual_rms_norm", shapes=((TOKENS, DIM),), calls=[("_two_lane_layer", "residual_sum_rms_norm")]
-            ),
+            kernel("pgolf.residual_rms_norm", shapes=((TOKENS, DIM),), calls=[("merge_lanes", "residual_rms_norm")]),
             fused_glue.LANES,
         ),
         (
             kernel(
                 "pgolf.residual_rms_norm",
                 shapes=((TOKENS, DIM),) * 3 + ((3, DIM),),
-                calls=[("_layers", "merged_norm", "residual_sum_rms_norm")],
+                calls=[("forward", "_layers", "merge_lanes", "residual_rms_norm")],
             ),
             fused_glue.LANES,
         ),
         (kernel("pgolf.two_lane_rms_norm_backward"), fused_glue.LANES),
         (kernel("pgolf.embedding_smear_norm"), fused_glue.EMBED),
         (kernel("pgolf.qkv_norm_rope_backward"), fused_glue.QK),
-        (kernel(only_sums=True, reads_of=("aten.mm.out",) * 3, calls=[("_attend", "gate_logits")]), fused_glue.SUM_DY),
-        (kernel(reads_of=("pgolf.residual_rms_norm_backward",) * 5, calls=[("_embed", "norm")]), fused_glue.SUM_X0),
+        (
+            kernel(only_sums=True, reads_of=("aten.mm.out",) * 3, calls=[("attention_branch", "gate_logits")]),
+            fused_glue.SUM_DY,
+        ),
+        (kernel(reads_of=("pgolf.residual_rms_norm_backward",) * 5, calls=[("embed", "norm")]), fused_glue.SUM_X0),
         (
             kernel(only_sums=True, reads_of=("pgolf_bench.attention_backward", "pgolf.xsa_gate_backward")),
             fused_glue.XSA,
         ),
-        (kernel(calls=[("_layer", "exclude_self")]), fused_glue.XSA),
+        (kernel(calls=[("attention_branch", "_anything", "exclude_self")]), fused_glue.XSA),
+        (kernel(calls=[("forward", "_layers", "add_norm", "norm"), ("forward", "embed", "norm")]), fused_glue.ADD),
+        (kernel(calls=[("forward", "embed")]), fused_glue.EMBED),
+        (kernel(calls=[("forward", "something_new")]), step_regions.OTHER),
         (kernel("pgolf.something_new"), step_regions.OTHER),
     ],
 )
@@ -219,9 +223,9 @@ def test_regions(found, region):
 
 def test_products_of_mlp_and_others():
     shapes = ((TOKENS, DIM), (TOKENS, HIDDEN))
-    inside = kernel("pgolf.weight_gradient", shapes=shapes, calls=[("_mlp", "leaky_relu2_mlp")])
+    inside = kernel("pgolf.weight_gradient", shapes=shapes, calls=[("mlp_branch", "leaky_relu2_mlp")])
     assert step_regions.classify(inside) == ("MLP", "")
-    both = [("_mlp", "leaky_relu2_mlp"), ("_attend",)]
+    both = [("mlp_branch", "leaky_relu2_mlp"), ("attention_branch",)]
     output = kernel("aten.mm.out", shapes=((TOKENS, DIM), (DIM, DIM)), calls=both)
     assert step_regions.classify(output) == ("matrix products", "")
     assert step_regions.classify(kernel("pgolf.weight_gradient", shapes=shapes)) == ("matrix products", "")

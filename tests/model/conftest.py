@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Execution, Model, ModelConfig
 from pgolf.settings import Settings
 
 
@@ -27,7 +27,7 @@ def small_config():
 def random_model(small_config):
     def make(dtype=torch.float64, seed=0, **changes) -> Model:
         generator = torch.Generator().manual_seed(seed)
-        model = Model(small_config(**changes), dtype).initialise(generator)
+        model = Model(small_config(**changes), Execution(dtype)).initialise(generator)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)

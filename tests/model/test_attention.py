@@ -139,7 +139,7 @@ def varlen_module(version):
 def test_flash_kernels_are_called_as_they_ask(load, modules, monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(pgolf.model.attention._loaded, "flash3", load())
+    monkeypatch.setitem(pgolf.model.attention.LOADED, "flash3", load())
     inputs = made_up()
     cu_seqlens = torch.tensor(BORDERS, dtype=torch.int32)
     expected = attention(*inputs, cu_seqlens, 7, "plain")
@@ -158,7 +158,7 @@ def test_rows_are_documents_of_one_length_to_flash_kernels(monkeypatch):
         seen.append((cu_seqlens.tolist(), max_seqlen))
         return q
 
-    monkeypatch.setitem(pgolf.model.attention._loaded, "varlen", attend)
+    monkeypatch.setitem(pgolf.model.attention.LOADED, "varlen", attend)
     q, k, v = made_up(rows=3, length=5)
     assert torch.equal(attention(q, k, v, backend="varlen"), q)
     assert seen == [([0, 5, 10, 15], 5)]
@@ -177,7 +177,7 @@ def test_the_first_that_is_there_is_chosen(monkeypatch):
 
     for name in list(pgolf.model.attention.FLASH):
         monkeypatch.setitem(pgolf.model.attention.FLASH, name, loader(name))
-    monkeypatch.setattr(pgolf.model.attention, "_loaded", {})
+    monkeypatch.setattr(pgolf.model.attention, "LOADED", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     assert choose_attention("auto", cuda, bf16, 1024) == "sdpa"
@@ -191,7 +191,7 @@ def test_the_first_that_is_there_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert choose_attention("auto", cuda, bf16, 1024) == "flash4"
     there.clear()
-    pgolf.model.attention._loaded.clear()
+    pgolf.model.attention.LOADED.clear()
     with pytest.raises(UserError, match=r"ATTENTION=flash4: cannot be loaded \(ImportError: No module named flash4\)"):
         choose_attention("flash4", cuda, bf16, 1024)
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgolf import ops
-from pgolf.model import Model, ModelConfig
+from pgolf.model import Execution, Model, ModelConfig
 from pgolf.model.flops import flops_per_token
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp_reference
 from pgolf.settings import load_settings
@@ -25,12 +25,11 @@ def test_the_formula_is_what_torch_counts(preset, changes, monkeypatch):
     """torch's counter does not look into operations of ours, and takes attention's products for whole squares."""
     monkeypatch.setattr(ops, "leaky_relu2_mlp", leaky_relu2_mlp_reference)
     config = ModelConfig.of(load_settings({"PRESET": preset, **SMALL, **changes}))
-    model = Model(config).initialise(torch.Generator().manual_seed(0))
-    model.attention = "plain"
+    model = Model(config, Execution(attention="plain")).initialise(torch.Generator().manual_seed(0))
     rows, length = 2, 24
     tokens, targets = torch.randint(config.vocab_size, (2, rows, length))
     for looping in {False, config.num_loops > 0}:
-        model.looping = looping
+        model.enter(looping=looping)
         with FlopCounterMode(display=False) as counter:
             model.loss(tokens, targets).backward()
         ours, products = (flops_per_token(config, looping, n) for n in (length, 0))

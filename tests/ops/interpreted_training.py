@@ -7,7 +7,7 @@ import torch
 
 from pgolf import ops
 from pgolf.model import Model, ModelConfig
-from pgolf.model.glue import OPERATIONS
+from pgolf.model.execution import FUSABLE, Execution
 from pgolf.ops import backends
 from pgolf.settings import load_settings
 from pgolf.training.optim import make_optimisers
@@ -30,8 +30,7 @@ def losses(backend: str, seed: int, rows: torch.Tensor, sizes: dict[str, str] = 
     """Loss of every step; rows (steps, 2, length)."""
     settings = load_settings(sizes)
     config = dataclasses.replace(ModelConfig.of(settings), vocab_size=CLASSES)
-    model = Model(config, torch.float32).initialise(torch.Generator().manual_seed(seed))
-    model.fused = fused
+    model = Model(config, Execution(fused=fused)).initialise(torch.Generator().manual_seed(seed))
     optimisers = make_optimisers(model, settings)
     found = []
     with ops.backend(backend):
@@ -64,8 +63,8 @@ def interpreted(monkeypatch):
     asked = set()
 
     def only_the_glue(op: str, device_type: str, no_kernel_for: str = "") -> str:
-        asked.update({op} & OPERATIONS)
-        return "triton" if op in OPERATIONS else "reference"
+        asked.update({op} & FUSABLE)
+        return "triton" if op in FUSABLE else "reference"
 
     monkeypatch.setattr(backends, "choose", only_the_glue)
     return asked
@@ -96,17 +95,17 @@ def test_gradients_with_the_fused_glue_in_packed_documents(interpreted):
     tokens, targets = torch.randint(CLASSES, (2, 1, 21))
     batch = tokens, targets, "mean", torch.tensor([0, 8, 13, 21, 21], dtype=torch.int32), 8
     plain = loss_and_gradients(model, *batch)
-    model.fused = OPERATIONS
+    model.execute(Execution(fused=FUSABLE))
     assert_alike(loss_and_gradients(model, *batch), plain)
-    assert interpreted == OPERATIONS - {"qk_norm_rope"}, "qkv_norm_rope takes its place"
+    assert interpreted == FUSABLE - {"qk_norm_rope"}, "qkv_norm_rope takes its place"
 
 
 def test_the_fused_glue_trains_like_the_plain_functions(interpreted):
     rows = torch.randint(0, 8, (3, 2, 13)).cumsum(-1) % CLASSES
     sizes = RECORD_LIKE | {"SMEAR_GATE_ENABLED": "1"}
     plain, another_seed = losses("reference", 0, rows, sizes), losses("reference", 1, rows, sizes)
-    fused = losses("reference", 0, rows, sizes, OPERATIONS)
-    assert interpreted == OPERATIONS - {"qk_norm_rope"}
+    fused = losses("reference", 0, rows, sizes, FUSABLE)
+    assert interpreted == FUSABLE - {"qk_norm_rope"}
     assert fused.tolist() == pytest.approx(plain.tolist(), abs=1e-4)
     assert (fused - plain).abs().max() < 0.05 * (another_seed - plain).abs().max(), "far within seed noise"
 
@@ -127,6 +126,6 @@ def test_one_product_for_q_k_v_and_gate_changes_nothing(changes, interpreted):
     tokens, targets = torch.randint(CLASSES, (2, 1, 17))
     batch = tokens, targets, "mean", torch.tensor([0, 5, 6, 17], dtype=torch.int32), 11
     plain = loss_and_gradients(model, *batch)
-    model.fused = frozenset({"qkv_norm_rope", "xsa_gate"})
+    model.execute(Execution(fused=frozenset({"qkv_norm_rope", "xsa_gate"})))
     assert_alike(loss_and_gradients(model, *batch), plain)
     assert "qkv_norm_rope" in interpreted

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgolf import ops
 from pgolf.model import Model, ModelConfig
-from pgolf.model.glue import OPERATIONS
+from pgolf.model.execution import FUSABLE, Execution
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp_reference
 from pgolf.ops.softcapped_cross_entropy import softcapped_cross_entropy_reference
 from pgolf.settings import load_settings
@@ -209,17 +209,17 @@ def test_the_model_with_fused_glue():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    model.attention = "plain"
     tokens, targets = torch.randint(model.config.vocab_size, (2, 2, 256), device=DEVICE)
     found = []
-    for model.fused in (frozenset(), OPERATIONS, OPERATIONS - {"qkv_norm_rope"}):
+    for fused in (frozenset(), FUSABLE, FUSABLE - {"qkv_norm_rope"}):
+        model.execute(Execution(attention="plain", fused=fused))
         loss = torch.compile(model.loss, fullgraph=True)(tokens, targets)
         parameters = list(model.parameters())
         found.append((loss, *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)))
     for plain, *others in zip(*found, strict=True):
         for fused in others:
             torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
-    for name in OPERATIONS:
+    for name in FUSABLE:
         check_backend(name)
 
 

@@ -18,7 +18,7 @@ from pgolf.artifact.corrections import add_corrections
 from pgolf.artifact.model import load_weights, model_from_artifact
 from pgolf.data.batch import MicroBatch
 from pgolf.errors import ArtifactError, UserError
-from pgolf.model import Model, ModelConfig, role_of
+from pgolf.model import Execution, Model, ModelConfig, role_of
 from pgolf.quantization.byte_budget import (
     CLIPS,
     LAST_MOVE,
@@ -92,7 +92,7 @@ def test_every_quantizer_makes_an_artifact_of_like_size(tiny, tmp_path):
         tensors = quantize(model, hessians, chosen)
         path = tmp_path / f"{name}.pgolf"
         sizes[name] = write_artifact(path, tensors, {"model": model.config.as_dict()}).total
-        back = model_from_artifact(read_artifact(path), torch.float32, torch.device("cpu"))
+        back = model_from_artifact(read_artifact(path), Execution(), torch.device("cpu"))
         parameters = dict(back.named_parameters())
         losses[name] = sum(
             proxy_loss(p, parameters[which], hessians[which])
@@ -115,7 +115,7 @@ def test_low_rank_corrections(tiny, tmp_path):
         assert len(tensors) - len(model.config.shapes()) == 2 * min(top_k, matrices) * (rank > 0)
         path = tmp_path / "lqer.pgolf"
         write_artifact(path, tensors, {"model": model.config.as_dict()})
-        back = dict(model_from_artifact(read_artifact(path), torch.float32, torch.device("cpu")).named_parameters())
+        back = dict(model_from_artifact(read_artifact(path), Execution(), torch.device("cpu")).named_parameters())
         losses[rank, top_k] = sum(
             proxy_loss(p, back[name], hessians[name]) for name, p in model.named_parameters() if name in hessians
         )
@@ -184,7 +184,7 @@ def test_a_described_model_is_compared_with_the_file_before_it_is_built(tiny, tm
     tracemalloc.start()
     try:
         with pytest.raises(ArtifactError) as caught:
-            model_from_artifact(artifact, torch.float32, torch.device("cpu"))
+            model_from_artifact(artifact, Execution(), torch.device("cpu"))
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()

@@ -22,6 +22,7 @@ from pgolf.data.dataset import validation_split
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.errors import Interrupted
 from pgolf.evaluation.scoring import evaluate
+from pgolf.model import Execution
 from pgolf.run.record import SUMMARY_FIELDS, Run
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import load_settings
@@ -195,7 +196,7 @@ def test_two_processes_score_an_artifact_as_one_does(two_machines, tiny_environ)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as there; the order of sums in a matrix product depends on it
     cpu = torch.device("cpu")
-    model = model_from_artifact(artifact, torch.float32, cpu)
+    model = model_from_artifact(artifact, Execution(), cpu)
     score = evaluate(model, *split, batch_tokens=256, ranks=Ranks(0, 1, cpu), **artifact.metadata["scoring"])
     torch.set_num_threads(threads)
     assert score.bpb == pytest.approx(summary_of(two_machines[0])["val_bpb_quantized"], abs=1e-9)

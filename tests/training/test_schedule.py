@@ -177,7 +177,7 @@ def test_the_switch_changes_the_loss(form):  # under the compiler too: test_trai
     model = make_model()
     fake, rows, seen = fake_quantize(form, 2, attention=2.0, mlp=2.0), torch.randint(0, 64, (2, 17)), []
     for quantize, progress in ((None, 0), (fake, 0.1), (fake, 0.9), (None, 0)):
-        model.fake_quantize = quantize
+        model.enter(looping=False, fake_quantize=quantize)
         fake.set_progress(progress)
         seen.append(model.loss(rows[:, :-1], rows[:, 1:], "none").detach())  # of every token: a mean may hide it
     assert (seen[1] - seen[0]).abs().max() > 1e-4

@@ -15,6 +15,7 @@ from pgolf.artifact.model import model_from_artifact
 from pgolf.data.batch import MicroBatch
 from pgolf.errors import ArtifactError, Interrupted, UserError
 from pgolf.evaluation.scoring import Score
+from pgolf.model import Execution
 from pgolf.model.flops import flops_per_token
 from pgolf.quantization.calibration import collect_hessians
 from pgolf.quantization.config import QuantizationConfig
@@ -179,11 +180,12 @@ def test_what_a_run_goes_through_is_compiled_in_warm_up(trainer, monkeypatch):
         lengths.append((longest, int(borders.diff().max()), t.model.looping, t.model.fake_quantize is not None))
         loss = compiled(*batch)
         torch.testing.assert_close(loss, t.training_loss(*batch), rtol=1e-6, atol=0)  # eager sums it in other chunks
-        for switch, other in (("looping", False), ("fake_quantize", None)):
-            with monkeypatch.context() as patch:
-                if getattr(t.model, switch):
-                    patch.setattr(t.model, switch, other)
-                    assert float(t.training_loss(*batch) - loss) != 0.0
+        state = {"looping": t.model.looping, "fake_quantize": t.model.fake_quantize}
+        for switch, off in (("looping", False), ("fake_quantize", None)):
+            if state[switch]:
+                t.model.enter(**{**state, switch: off})
+                assert float(t.training_loss(*batch) - loss) != 0.0
+                t.model.enter(**state)
         return loss
 
     t.loss = count
@@ -338,7 +340,7 @@ def test_quantised_model_scores_like_the_trained_one(trainer, tmp_path):
     }
     path = tmp_path / "model.pgolf"
     write_artifact(path, tensors, {"model": t.model.config.as_dict()})
-    loaded = model_from_artifact(read_artifact(path), torch.float32, CPU)
+    loaded = model_from_artifact(read_artifact(path), Execution(), CPU)
     rows = torch.randint(0, 1, (1, 1)) + torch.arange(17) * 5 % 7
     trained, stored = (float(m.loss(rows[:, :-1], rows[:, 1:]).detach()) for m in (t.model, loaded))
     assert trained < 0.5
@@ -363,4 +365,4 @@ def test_an_artifact_of_another_shape_is_refused(trainer, tmp_path):
     ):
         write_artifact(path, tensors, metadata)
         with pytest.raises(ArtifactError):
-            model_from_artifact(read_artifact(path), torch.float32, CPU)
+            model_from_artifact(read_artifact(path), Execution(), CPU)

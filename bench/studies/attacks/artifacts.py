@@ -74,12 +74,13 @@ def read_and_build(path: Path) -> tuple[str, str]:
     from pgolf.artifact import read_artifact
     from pgolf.artifact.model import model_from_artifact
     from pgolf.errors import PgolfError
+    from pgolf.model import Execution
 
     torch.set_num_threads(1)
     try:
         artifact = read_artifact(path)
         if "model" in artifact.metadata:
-            model_from_artifact(artifact, torch.float32, torch.device("cpu"))
+            model_from_artifact(artifact, Execution(), torch.device("cpu"))
     except PgolfError as error:
         return ("crash", "several lines") if "\n" in str(error) else ("refused", "")
     except MemoryError:

@@ -23,7 +23,7 @@ __all__ = ["attention", "choose_attention"]
 
 FLASH: dict[str, Callable[[], Packed]] = {"flash3": load_flash3, "flash4": load_flash4, "varlen": load_varlen}
 ROWS = {"sdpa": sdpa, "plain": plain}
-_loaded: dict[str, Packed] = {}
+LOADED: dict[str, Packed] = {}  # of these, what `choose_attention` has found
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, length: int) -> str:
@@ -59,7 +59,7 @@ def attention(
         if cu_seqlens is None:
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length
             max_seqlen = length
-        y = _loaded[backend](q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, max_seqlen)
+        y = LOADED[backend](q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, max_seqlen)
         return y.view_as(q)
     if backend == "auto":
         backend = _rows_backend(q.device.type, length if cu_seqlens is None else max_seqlen)
@@ -81,9 +81,9 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str:
     major = torch.cuda.get_device_capability(device)[0]
     if name == "flash3" and major not in (8, 9):
         return f"is for compute capability 8.x and 9.x, this device has {major}.x"
-    if name not in _loaded:
+    if name not in LOADED:
         try:
-            _loaded[name] = FLASH[name]()
+            LOADED[name] = FLASH[name]()
         except Exception as error:  # whatever importing somebody's build raises
             return f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     return ""
