@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgolf.ops import backends, checks
 from pgolf.ops.definition import in_full, widened
-from pgolf.ops.residual_rms_norm import epsilon, norm_gradient
+from pgolf.ops.residual_rms_norm import epsilon, norm, norm_gradient
 
 backends.register("embedding_smear_norm", triton=("cuda",))
 
@@ -61,7 +61,7 @@ def embedding_smear_norm_reference(
 ) -> Tensor:
     """The definition in plain PyTorch; arguments as for `embedding_smear_norm`."""
     e = F.embedding(tokens, table)
-    return F.rms_norm(smear(e, weight, strength, starts).to(e.dtype), e.shape[-1:])
+    return norm(smear(e, weight, strength, starts).to(e.dtype))
 
 
 def smear(e: Tensor, weight: Tensor, strength: Tensor, starts: Tensor) -> Tensor:

@@ -172,7 +172,12 @@ def results(tmp_path_factory, hostile):
     root = Path(pgolf.__file__).parents[1]
     command = [sys.executable, __file__, str(folder)]
     # The limit is one of addresses, of which malloc reserves 64 MB a thread that decodes and touches hardly any.
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(root), str(Path(__file__).parents[1]))),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -326,7 +326,11 @@ def judge():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the bound on memory needs Linux")
 def test_damaged_blobs_end_in_artifact_errors():
     root = Path(pgolf.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(root), str(Path(__file__).parents[1]))),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     ends, longest = json.loads(done.stdout)
