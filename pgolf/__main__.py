@@ -1,14 +1,19 @@
 """`python -m pgolf` is the `pgolf` command."""
 
+import signal
 import sys
 
 
 def main() -> int:
     try:
-        from pgolf.cli import main as command
-    except KeyboardInterrupt:  # which the command tells for itself once it is there
+        try:
+            from pgolf.cli import main as command
+
+            return command()
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Python's own end would print a traceback for it
+    except KeyboardInterrupt:  # before the command can tell it for itself, or when it just has
         return 130
-    return command()
 
 
 if __name__ == "__main__":

@@ -77,6 +77,14 @@ def test_an_interrupt_while_something_is_imported_ends_without_a_word(tmp_path, 
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
+def test_an_interrupt_while_python_ends_is_no_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, signal\natexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))", encoding="utf-8"
+    )
+    result = run([*COMMAND, "presets"], tmp_path)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+
+
 def test_help_of_the_command_imports_nothing_heavy(tmp_path):
     look = (
         "import sys, pgolf.cli\n"

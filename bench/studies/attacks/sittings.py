@@ -246,7 +246,7 @@ def _work(
         setattr(owner, last, hooked(name, getattr(owner, last), after))
     begin("start")
     if program == "pgolf":
-        from pgolf.cli import main
+        from pgolf.__main__ import main
 
         sys.argv = ["pgolf", *arguments]
         sys.exit(main())
