@@ -6,7 +6,7 @@ above it: `pgolf --help` must answer at once, and `pgolf doctor` must run where 
 
 import argparse
 import sys
-from typing import IO, NoReturn
+from typing import Any, NoReturn
 
 import pgolf
 from pgolf.cli import artifact, data, doctor, eval, import_checkpoint, presets, settings, size, train
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         """Of argparse, which would not tell that the help could not be written."""
         print(message, end="", file=file or sys.stderr)
 
