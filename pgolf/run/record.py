@@ -244,7 +244,8 @@ class Run(RunLog):
             sys.__unraisablehook__(dropped)
             return
         number, self.signal = self.signal, None
-        threading.Timer(0.01, signal.raise_signal, (number,)).start()
+        # To the main thread, which it wakes: what another thread raises for itself leaves that one asleep.
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
 
     @contextmanager
     def deferring_signals(self):

@@ -10,7 +10,7 @@ from pgolf.model import Model, ModelConfig
 from pgolf.model.execution import FUSABLE, Execution
 from pgolf.ops import backends
 from pgolf.settings import load_settings
-from pgolf.training.optim import make_optimisers
+from pgolf.training.optim import OptimiserConfig, make_optimisers
 
 STEPS, CLASSES = 8, 64
 SMALL = {"PRESET": "demo", "NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2"}
@@ -31,7 +31,7 @@ def losses(backend: str, seed: int, rows: torch.Tensor, sizes: dict[str, str] = 
     settings = load_settings(sizes)
     config = dataclasses.replace(ModelConfig.of(settings), vocab_size=CLASSES)
     model = Model(config, Execution(fused=fused)).initialise(torch.Generator().manual_seed(seed))
-    optimisers = make_optimisers(model, settings)
+    optimisers = make_optimisers(model, OptimiserConfig.of(settings))
     found = []
     with ops.backend(backend):
         for tokens in rows:

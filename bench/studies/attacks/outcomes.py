@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-if str(ROOT / "tests") not in sys.path:
-    sys.path.insert(0, str(ROOT / "tests"))  # the machinery is that of the tests
+TESTS = (ROOT / "tests", *sorted(path for path in (ROOT / "tests").iterdir() if path.is_dir()))
+sys.path[:0] = [str(folder) for folder in TESTS if str(folder) not in sys.path]  # the machinery is that of the tests
 
 OUTCOMES = ("refused", "valid", "crash", "hang", "too much memory", "lost run")
 FAILURES = OUTCOMES[2:]
