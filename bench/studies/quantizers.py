@@ -108,11 +108,11 @@ def main() -> None:
     rises: dict[str, list[float]] = {}
     with launch("auto") as ranks, tempfile.TemporaryDirectory() as work:
         for folder in folders:
-            for name, size, how, seconds, base, quantised in rows_of(folder, ranks, Path(work)):
-                rises.setdefault(name, []).append(quantised - base)
+            for name, size, how, seconds, base, quantized in rows_of(folder, ranks, Path(work)):
+                rises.setdefault(name, []).append(quantized - base)
                 print(
                     f"| {folder.name} | {name} | {size} | {how:.4g} | {seconds:.2f} | {base:.5f} "
-                    f"| {quantised - base:+.5f} |",
+                    f"| {quantized - base:+.5f} |",
                     flush=True,
                 )
     for name, each in rises.items():

@@ -35,7 +35,7 @@ from torch import Tensor
 from pgolf.artifact import streams
 from pgolf.artifact.manifest import (
     MANIFEST_LIMIT_BYTES,
-    QUANTISED_BITS,
+    QUANTIZED_BITS,
     ROLES,
     Entry,
     Stream,
@@ -321,7 +321,7 @@ def _manifest_text(entries: list[Entry], metadata: dict[str, Any]) -> bytes:
     members = []
     for entry in entries:
         member = {"name": entry.name, "role": entry.role, "shape": entry.shape, "bits": entry.bits}
-        members.append({**member, "states": entry.states} if entry.bits in QUANTISED_BITS else member)
+        members.append({**member, "states": entry.states} if entry.bits in QUANTIZED_BITS else member)
     manifest = {"metadata": metadata, "tensors": members}
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MANIFEST_LIMIT_BYTES:

@@ -43,7 +43,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 ROLES = ("embedding", "attention", "mlp", "control")
-QUANTISED_BITS = range(2, 9)
+QUANTIZED_BITS = range(2, 9)
 FLOAT_BITS = (16, 32)
 TRELLIS_STATES = (4, 8)
 ORDER_BITS = 2
@@ -100,14 +100,14 @@ def bank_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def streams_of(entries: list[Entry]) -> list[Stream]:
     """The streams of a file in their order."""
-    quantised = [i for i, entry in enumerate(entries) if entry.bits in QUANTISED_BITS]
+    quantized = [i for i, entry in enumerate(entries) if entry.bits in QUANTIZED_BITS]
     found = [
         Stream(f"{entries[i].name}:values", entries[i].role, "values", (i,), (bank_shape(entries[i].shape),), (1,))
-        for i in quantised
+        for i in quantized
     ]
     for role in ROLES:
         own = [i for i, entry in enumerate(entries) if entry.role == role]
-        scaled = [i for i in own if entries[i].bits in QUANTISED_BITS]
+        scaled = [i for i in own if entries[i].bits in QUANTIZED_BITS]
         ordered = [i for i in own if entries[i].states]
         floats = [i for i in own if entries[i].bits in FLOAT_BITS]
         shapes: dict[str, list[tuple[int, ...]]] = {
@@ -163,10 +163,10 @@ def _read_entry(member: Any, index: int) -> Entry:
     place = f"manifest: tensor {index}"
     if not isinstance(member, dict) or type(member.get("bits")) is not int:
         raise ValueError(f"{place} must be an object with bits")
-    quantised = member["bits"] in QUANTISED_BITS
-    _check_members(member, {"name", "role", "shape", "bits"} | ({"states"} if quantised else set()), place)
+    quantized = member["bits"] in QUANTIZED_BITS
+    _check_members(member, {"name", "role", "shape", "bits"} | ({"states"} if quantized else set()), place)
     name, role, shape, bits = member["name"], member["role"], member["shape"], member["bits"]
-    states = member["states"] if quantised else 0
+    states = member["states"] if quantized else 0
     if not isinstance(shape, list):
         raise ValueError(f"{place}: shape must be a list, not {shortened(shape)}")
     check_description(name, role, tuple(shape), bits, states)
@@ -179,17 +179,17 @@ def check_description(name: Any, role: Any, shape: tuple[Any, ...], bits: Any, s
         raise ValueError(f"tensor name {shortened(name)} is not 1 to 128 characters out of A-Z a-z 0-9 _ . / -")
     if role not in ROLES:
         raise ValueError(f"tensor {name}: role {shortened(role)} is unknown; known are {', '.join(ROLES)}")
-    if type(bits) is not int or (bits not in QUANTISED_BITS and bits not in FLOAT_BITS):
+    if type(bits) is not int or (bits not in QUANTIZED_BITS and bits not in FLOAT_BITS):
         raise ValueError(f"tensor {name}: bits must be 2 to 8, 16 or 32, not {shortened(bits)}")
     if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
         raise ValueError(
             f"tensor {name}: shape {shortened(shape)} is not {_MOST_DIMENSIONS} or fewer sizes below 2**31"
         )
-    if bits in QUANTISED_BITS and not shape:
+    if bits in QUANTIZED_BITS and not shape:
         raise ValueError(f"tensor {name}: a quantised tensor needs at least one dimension")
     if states == 0 and type(states) is int:
         return
-    if type(states) is not int or states not in TRELLIS_STATES or bits not in QUANTISED_BITS:
+    if type(states) is not int or states not in TRELLIS_STATES or bits not in QUANTIZED_BITS:
         raise ValueError(f"tensor {name}: states must be 0, or 4 or 8 where bits are 2 to 8, not {shortened(states)}")
     if len(shape) not in (2, 3) or shape[-1] > _MOST_TRELLIS_COLUMNS:
         raise ValueError(

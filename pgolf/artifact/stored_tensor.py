@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pgolf import ops
-from pgolf.artifact.manifest import ORDER_BITS, QUANTISED_BITS, check_description, order_shape
+from pgolf.artifact.manifest import ORDER_BITS, QUANTIZED_BITS, check_description, order_shape
 
 
 def dtype_of(bits: int) -> torch.dtype:
@@ -80,10 +80,10 @@ def dequantize(
 def check_tensor(tensor: StoredTensor) -> None:
     """A ValueError unless it is as its class tells."""
     check_description(tensor.name, tensor.role, tensor.shape, tensor.bits, tensor.states)
-    values, scale, quantised = tensor.values, tensor.scale, tensor.bits in QUANTISED_BITS
+    values, scale, quantized = tensor.values, tensor.scale, tensor.bits in QUANTIZED_BITS
     expected: list[tuple[Any, tuple[int, ...], torch.dtype, str]]
     expected = [(values, tensor.shape, dtype_of(tensor.bits), "values")]
-    if quantised:
+    if quantized:
         expected.append((scale, tensor.shape[:-1], torch.float16, "scale"))
     elif scale is not None:
         raise ValueError(f"tensor {tensor.name}: a float tensor has no scale")

@@ -47,7 +47,7 @@ def _exact(path: Path, as_json: bool) -> int:
     else:
         print(f"{one_line(path)}: {result['parameters']:,} parameters; bytes as they lie in the file")
         _table(result, result["bytes_by_role"], result["total_bytes"])
-        print(f"of {result['budget_bytes']:,} bytes: {'fits' if result['fits_budget'] else 'DOES NOT FIT'}")
+        print(f"of {result['budget_bytes']:,} bytes: {'fits' if result['fits_budget'] else 'does not fit'}")
     return 0 if result["fits_budget"] else 4
 
 
@@ -79,7 +79,7 @@ def _projected(arguments: argparse.Namespace) -> int:
     by_role = result["projected_bytes_by_role"] | ({"fitted": fitted} if fitted else {})  # by ARTIFACT_BYTES
     _table(result, by_role, result["projected_total_bytes"])
     remedy = "ARTIFACT_BYTES is too large" if settings.artifact_bytes else "a run would choose larger steps"
-    verdict = "fits" if result["fits_budget"] else f"DOES NOT FIT; {remedy}"
+    verdict = "fits" if result["fits_budget"] else f"does not fit; {remedy}"
     print(f"of {result['budget_bytes']:,} bytes: {verdict} (projected)")
     return 0
 

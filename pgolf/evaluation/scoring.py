@@ -155,9 +155,9 @@ def target_losses(
     batches = ScoringBatches(tokens, seq_len, batch_tokens, stride, bos_id, ranks.rank, ranks.world_size)
     for batch, scored, first in progress(batches, "scoring", len(batches), unit="batch"):
         with torch.inference_mode():
-            inputs, targets, borders, longest = batch.to(device)
+            inputs, targets, cu_seqlens, longest = batch.to(device)
             places = scored.to(device)
-            logits = model(inputs, borders, longest)
+            logits = model(inputs, cu_seqlens, longest)
             losses = model.loss_of(logits, targets, "none").flatten()[places]
             of_others = None
             if others is not None:

@@ -13,7 +13,7 @@ NEXT = {
     4: ((0, 2), (2, 0), (1, 3), (3, 1)),
     8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)),
 }
-QUANTISER = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
+QUANTIZER = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
 backends.register("trellis_dequantize", native=("cpu",))
 
 
@@ -53,20 +53,20 @@ def trellis_dequantize(indices: Tensor, scale: Tensor, order: Tensor, states: in
 def trellis_dequantize_reference(indices: Tensor, scale: Tensor, order: Tensor, states: int) -> Tensor:
     """The definition in plain PyTorch; arguments as for `trellis_dequantize`."""
     wide = indices.to(torch.int16)
-    levels = 2 * wide - quantisers_of(indices, order, states) * wide.sign()
+    levels = 2 * wide - quantizers_of(indices, order, states) * wide.sign()
     return levels.to(torch.float32) * scale.to(torch.float32).unsqueeze(-1)
 
 
-def quantisers_of(indices: Tensor, order: Tensor, states: int) -> Tensor:
+def quantizers_of(indices: Tensor, order: Tensor, states: int) -> Tensor:
     """Quantiser 0 or 1 of every index, int8 like `indices`: what a coder of indices knows beside them."""
     columns = order.long().argsort(dim=-1, stable=True).unsqueeze(-2).expand_as(indices)
     odd = indices.gather(-1, columns).long() & 1
     following = torch.tensor(NEXT[states], device=indices.device)
-    quantiser = torch.tensor(QUANTISER[states], device=indices.device, dtype=torch.int8)
+    quantizer = torch.tensor(QUANTIZER[states], device=indices.device, dtype=torch.int8)
     state = odd.new_zeros(odd.shape[:-1])
     found = torch.empty_like(indices)
     for j in range(indices.shape[-1]):
-        found[..., j] = quantiser[state]
+        found[..., j] = quantizer[state]
         state = following[state, odd[..., j]]
     return torch.empty_like(indices).scatter_(-1, columns, found)
 

@@ -39,7 +39,7 @@ from pgolf.ops.gptq import (
     with_enough_damping,
     work_dtype,
 )
-from pgolf.ops.trellis_dequantize import NEXT, QUANTISER, check_states, quantisers_of, trellis_dequantize
+from pgolf.ops.trellis_dequantize import NEXT, QUANTIZER, check_states, quantizers_of, trellis_dequantize
 
 CLASSES = 4  # of columns, in the order of the machine
 
@@ -77,7 +77,7 @@ class Trellis:
     @cached_property
     def entropy_bits(self) -> float:
         """Bits a weight of the index given its quantiser, by the frequencies in all of indices; no order, no scale."""
-        return _entropy(self.indices, quantisers_of(self.indices, self.order, self.states))
+        return _entropy(self.indices, quantizers_of(self.indices, self.order, self.states))
 
     def dequantize(self) -> Tensor:
         """The weights in float32, (M, N) or (B, M, N)."""
@@ -235,7 +235,7 @@ def _search(target: Tensor, factor: Tensor, rate: Tensor, weight: Tensor, states
     """
     rows, columns = target.shape
     device, shape = target.device, (rows, states)
-    quantiser = torch.tensor(QUANTISER[states], device=device).expand(shape)
+    quantizer = torch.tensor(QUANTIZER[states], device=device).expand(shape)
     arrivals = [[0] * states, [0] * states]  # by parity: the state whose index of that parity leads here
     for state, following in enumerate(NEXT[states]):
         for parity in (0, 1):
@@ -250,12 +250,12 @@ def _search(target: Tensor, factor: Tensor, rate: Tensor, weight: Tensor, states
     for j in range(columns):
         x = residual[:, :, j]
         sign = torch.where(x < 0, -1, 1)
-        nearest = ((x.abs() + quantiser) * 0.5).nan_to_num(limit).clamp_max(limit).round().long()
+        nearest = ((x.abs() + quantizer) * 0.5).nan_to_num(limit).clamp_max(limit).round().long()
         tried = []
         for size in (nearest - 1, nearest, nearest + 1):
-            value = 2 * size - quantiser * size.sign()
+            value = 2 * size - quantizer * size.sign()
             error = (x.abs() - value) * (1 / factor[j, j])
-            bits = rate[quantiser, sign * size + limit + 1]
+            bits = rate[quantizer, sign * size + limit + 1]
             price = cost + (error.square() + weight.unsqueeze(1) * bits)
             tried.append((torch.where(size > limit, math.inf, price), sign * error, sign * size))
         inner, middle, outer = tried
@@ -289,18 +289,18 @@ def _counts(indices: Tensor, limit: int) -> Tensor:
 def _rates(target: Tensor, limit: int) -> Tensor:
     """Bits (2, 2·limit + 1) of every index under each quantiser, from the nearest indices of `target`, in steps."""
     counted = []
-    for quantiser in (0, 1):
-        nearest = ((target.abs() + quantiser) * 0.5).clamp_max(limit).round() * target.sign()
+    for quantizer in (0, 1):
+        nearest = ((target.abs() + quantizer) * 0.5).clamp_max(limit).round() * target.sign()
         count = _counts(nearest, limit) + 0.5
         counted.append(-torch.log2(count / count.sum()))
     return torch.stack(counted)
 
 
-def _entropy(indices: Tensor, quantisers: Tensor) -> float:
+def _entropy(indices: Tensor, quantizers: Tensor) -> float:
     """Bits a value of the index given its quantiser, with the frequencies of all of them."""
     bits = 0.0
-    for quantiser in (0, 1):
-        count = _counts(indices[quantisers == quantiser], 128)
+    for quantizer in (0, 1):
+        count = _counts(indices[quantizers == quantizer], 128)
         bits -= torch.special.xlogy(count, count / count.sum().clamp_min(1)).sum().item() / math.log(2)
     return bits / max(indices.numel(), 1)
 

@@ -148,7 +148,7 @@ def choose_clips(
 
 
 def correct_clips(clips: dict[str, float], rates: dict[str, Rate], doubt: float, wanted: float) -> dict[str, float]:
-    """Steps near `clips` whose modelled bytes sum to `wanted`. Who has twice the `doubt` moves a fifth of the way."""
+    """Steps near `clips` whose modelled bytes sum to `wanted`. A tensor of twice the `doubt` moves a fifth as far."""
     trust = {name: 1 / (1 + (rate.doubt / doubt) ** 2) for name, rate in rates.items()}
 
     def at(level: float) -> Logs:

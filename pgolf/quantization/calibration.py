@@ -44,8 +44,8 @@ def collect_hessians(
 
     longest, before = 0.0, seconds_left()
     for batch in batches:
-        inputs, _, borders, longest_document = batch.to(device)
-        model(inputs, borders, longest_document, observe=observe)
+        inputs, _, cu_seqlens, max_seqlen = batch.to(device)
+        model(inputs, cu_seqlens, max_seqlen, observe=observe)
         left = seconds_left()
         longest, before = max(longest, before - left), left
         if ranks.any(left < longest):

@@ -86,8 +86,8 @@ def read_by_description(data):
         at += 8 + length
         return decode(blob)
 
-    quantised = [tensor for tensor in manifest["tensors"] if tensor["bits"] <= 8]
-    values = {tensor["name"]: stream(coder.decode) for tensor in quantised}
+    quantized = [tensor for tensor in manifest["tensors"] if tensor["bits"] <= 8]
+    values = {tensor["name"]: stream(coder.decode) for tensor in quantized}
     scales, orders = {}, {}
     for role in ("embedding", "attention", "mlp", "control"):
         own = [tensor for tensor in manifest["tensors"] if tensor["role"] == role]

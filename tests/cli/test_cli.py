@@ -92,7 +92,7 @@ def test_size_of_an_artifact_is_its_bytes(tmp_path, capsys, monkeypatch):
     assert "bytes as they lie in the file" in capsys.readouterr().out
     monkeypatch.setenv("BUDGET_BYTES", "100000")
     assert main(["size", str(path)]) == 4
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert "does not fit" in capsys.readouterr().out
     path.write_bytes(b"damaged")
     assert main(["size", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

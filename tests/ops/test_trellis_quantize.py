@@ -10,8 +10,8 @@ from pgolf import ops
 from pgolf.ops import backends
 from pgolf.ops.trellis_dequantize import (
     NEXT,
-    QUANTISER,
-    quantisers_of,
+    QUANTIZER,
+    quantizers_of,
     trellis_dequantize_reference,
 )
 from pgolf.ops.trellis_quantize import _search, _search_native, trellis_quantize_reference
@@ -67,8 +67,8 @@ def decode_by_description(indices, scale, order, states):
         state = 0
         for j in columns:
             k = int(row[j])
-            quantiser = state & 1 if states == 8 else state >> 1
-            level = 2 * k - quantiser * ((k > 0) - (k < 0))
+            quantizer = state & 1 if states == 8 else state >> 1
+            level = 2 * k - quantizer * ((k > 0) - (k < 0))
             weights[r, j] = np.float32(level) * np.float32(scale[r])
             state = NEXT[states][state][k % 2]
     return weights
@@ -98,7 +98,7 @@ def test_every_state_has_one_arrival_of_each_parity():
     for states, following in NEXT.items():
         for parity in (0, 1):
             assert sorted(each[parity] for each in following) == list(range(states))
-        assert sum(QUANTISER[states]) == states // 2
+        assert sum(QUANTIZER[states]) == states // 2
 
 
 @native
@@ -125,9 +125,9 @@ def cost_of(indices, target, factor, rate, weight, states, limit):
     total = torch.zeros(len(target), dtype=torch.float64)
     for j in range(target.shape[1]):
         k = indices[:, j].long()
-        quantiser = torch.tensor(QUANTISER[states])[state]
-        error = (residual[:, j] - (2 * k - quantiser * k.sign())) / factor[j, j].double()
-        total += error.square() + weight.double() * rate.double()[quantiser, k + limit]
+        quantizer = torch.tensor(QUANTIZER[states])[state]
+        error = (residual[:, j] - (2 * k - quantizer * k.sign())) / factor[j, j].double()
+        total += error.square() + weight.double() * rate.double()[quantizer, k + limit]
         residual[:, j + 1 :] -= error.unsqueeze(1) * factor[j, j + 1 :].double()
         state = torch.tensor(NEXT[states])[state, k & 1]
     return total
@@ -200,10 +200,10 @@ def test_gain_on_real_matrices(name, one_thread):
 
 def test_entropy_is_that_of_the_index_given_its_quantiser():
     found = ops.trellis_quantize(torch.randn(20, 30), random_hessian(30), 4.0)
-    quantiser = quantisers_of(found.indices, found.order, 8)
+    quantizer = quantizers_of(found.indices, found.order, 8)
     bits = 0.0
     for which in (0, 1):
-        _, counts = found.indices[quantiser == which].unique(return_counts=True)
+        _, counts = found.indices[quantizer == which].unique(return_counts=True)
         bits -= (counts * torch.log2(counts / counts.sum())).sum().item()
     assert found.entropy_bits == pytest.approx(bits / 600)
 

@@ -166,7 +166,7 @@ def saved(named: str, make: Callable[[], Any]) -> Kind:
     return kind
 
 
-def quantised() -> dict:
+def quantized() -> dict:
     import torch
 
     return {"tok_emb.weight": torch.quantize_per_tensor(torch.ones(320, 32), 0.1, 0, torch.qint8)}
@@ -340,7 +340,7 @@ KINDS: dict[str, Kind] = {
             "expanded",
         )
     },
-    "import: quantised": saved("weights.pt", quantised),
+    "import: quantised": saved("weights.pt", quantized),
     "import: a circle": saved("weights.pt", circle),
     "import: no state": saved("weights.pt", lambda: [1, {"a": None}]),
     "import: nothing": saved("missing", dict),

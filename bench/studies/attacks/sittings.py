@@ -1,7 +1,7 @@
 """Sittings of a run: each is `train_gpt.py` or `pgolf`, forked from a process that has imported everything, so that it
 takes less than a second. It tells on a pipe which phase it is in.
 
-What is made smaller than in a user's run is the model, the text, and the time between two talks of the ranks; what
+What is made smaller than in a user's run is the model, the text, and the time until the ranks synchronise; what
 writes files is as it is.
 """
 
