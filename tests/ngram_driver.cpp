@@ -1,4 +1,4 @@
-// The n-gram caches without Python, for test_ngram_cache.py: snapshots changed at random, with their checksum put right.
+// The n-gram caches without Python, for test_ngram_snapshots.py: snapshots changed at random, their checksum put right.
 //
 //   ngram_driver SEED SNAPSHOTS MUTATIONS   prints how many mutants were refused, how many accepted, and the most CPU
 //                                           seconds that one took; aborts with a line where one is wrong

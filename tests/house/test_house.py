@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LONGEST_FILE = {"pgolf": 400, "csrc": 500, "triton_kernels": 500, "bench": 500, "tests": 500}  # lines
+LONGEST_FILE = {"pgolf": 420, "csrc": 500, "triton_kernels": 420, "bench": 420, "tests": 420}  # lines
 
 
 def module_name(path: Path) -> str:
