@@ -198,7 +198,8 @@ def _wanted(manifest: Any, dataset: str, train_shards: int, repo_id: str) -> tup
         tokenizer_path = PurePosixPath(tokenizer.get("model_path") or tokenizer["path"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: not of the known form ({type(error).__name__}: {error})") from None
-    if not all(_NAME.fullmatch(part) for part in tokenizer_path.parts) or ".." in tokenizer_path.parts:
+    parts = tokenizer_path.parts
+    if not parts or not all(map(_NAME.fullmatch, parts)) or ".." in parts:
         raise DataError(
             f"{where}: tokenizer path {shortened(str(tokenizer_path))} leads out of the repository, or has other "
             "characters than A-Z a-z 0-9 _ . -"

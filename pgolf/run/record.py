@@ -308,7 +308,7 @@ def settings_of_run(cuda: bool) -> Settings:
         return load_settings(cuda=cuda)
     folder = Path(resume)
     path = folder / "settings.json"
-    for name, there in ((CHECKPOINT, checkpoint.candidates(folder)), (path.name, path.is_file())):
+    for name, there in ((CHECKPOINT, checkpoint.candidates(folder)), (path.name, os.path.isfile(path))):
         if not there:
             raise UserError(f"RESUME={folder}: no {name} there; name the folder of an interrupted run")
     saved = read_settings(path)

@@ -56,7 +56,7 @@ def save(path: str | os.PathLike[str], state: State, keep_old: bool = True) -> i
 
 def candidates(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
-    return [path for path in (Path(folder, CHECKPOINT), Path(folder, PREVIOUS)) if path.is_file()]
+    return [path for path in (Path(folder, CHECKPOINT), Path(folder, PREVIOUS)) if os.path.isfile(path)]
 
 
 def load(path: str | os.PathLike[str]) -> State:

@@ -148,6 +148,7 @@ def test_a_size_that_differs_from_the_repository_is_refused(tmp_path, remote):
         (lambda m: m["datasets"][1].update(stats=[]), "not of the known form"),
         (lambda m: m["tokenizers"][0].update(model_path="../../etc/x.model"), "leads out of the repository"),
         (lambda m: m["tokenizers"][0].update(model_path="/etc/x.model"), "leads out of the repository"),
+        (lambda m: m["tokenizers"][0].update(model_path=".", path="."), "leads out of the repository"),
         (lambda m: m["tokenizers"][0].update(model_path="tokenizers/\ud800.model"), "has other characters"),
         (lambda m: m["tokenizers"][0].update(model_path="tokenizers/\x1b[31m.model"), "has other characters"),
         (lambda m: m["tokenizers"][0].update(model_path="x" * 5000), "has other characters"),

@@ -92,6 +92,9 @@ def test_a_run_is_resumed_from_any_folder(project, tmp_path, monkeypatch):
     (project / "runs" / "r" / "settings.json").unlink()
     with pytest.raises(UserError, match=r"RESUME=runs/r: no settings\.json there"):
         settings_of_run(cuda=False)
+    monkeypatch.setenv("RESUME", "x" * 900)  # no name that a file system takes
+    with pytest.raises(UserError, match=r"RESUME=x+: no checkpoint\.pt there"):
+        settings_of_run(cuda=False)
 
 
 @pytest.mark.parametrize(

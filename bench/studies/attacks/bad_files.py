@@ -365,6 +365,6 @@ KINDS: dict[str, Kind] = {
     "a folder": no_file(os.mkdir),
     "a link to nothing": no_file(lambda place: os.symlink("nothing", place)),
     "a link to itself": no_file(lambda place: os.symlink(os.path.basename(place), place)),
-    "a file of 2 GB": no_file(giant),
+    "a file of 2 GB": lambda chance: replace(no_file(giant)(chance), named=""),
     "a file that may not be read": unreadable,
 }
