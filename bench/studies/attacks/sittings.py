@@ -34,7 +34,7 @@ HOOKS = (
     ("training", "pgolf.training.trainer", "Trainer.train", "calibration"),
     ("checkpoint", "pgolf.training.checkpoint", "save", None),
     ("quantization", "pgolf.quantization.quantize", "quantize_within_budget", "scoring"),
-    ("artifact", "pgolf.artifact.file", "write_artifact", None),
+    ("artifact", "pgolf.artifact", "write_artifact", None),
     ("summary", "pgolf.run.record", "Run.close", "end"),
     ("report", "pgolf.run.record", "write_report", None),
 )
