@@ -39,6 +39,7 @@ home = Path(sys.argv[1])
 sittings.preload()
 life = lives.Life(home / "kills")
 usual = lives.Usual(home, lambda life: iter([[life.train()]]))
+assert {name for name, *_ in sittings.HOOKS} - {"tokenize"} <= usual.seconds.keys(), usual.seconds  # all are seen
 for phase, number in (("quantization", signal.SIGKILL), ("report", signal.SIGTERM)):
     assert kills.strike(life, phase, number, random.Random(0), usual), life.problem()
     assert not life.problem()
