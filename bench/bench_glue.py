@@ -14,6 +14,7 @@ from bench.harness.shapes import SHAPES, name
 from bench.step_model import compiled_traffic as plain
 from pgolf import ops
 from pgolf.model.skips import skip_weights
+from pgolf.ops.qk_norm_rope import qk_norm_rope_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: plain functions elsewhere")
 DEVICE = "cuda"
@@ -44,12 +45,11 @@ def residual(branch: bool, streams: int):
 
 
 def queries_and_keys(q, k, cos, sin, gain):
-    return ops.qk_norm_rope(q, k, cos.flatten(0, -2), sin.flatten(0, -2), gain)
+    return ops.qk_norm_rope(q, k, cos, sin, gain)
 
 
 def of_one_product(projected, cos, sin, gain):
-    tables = (table.flatten(0, -2) for table in (cos, sin))
-    q, k, values, logits = ops.qkv_norm_rope(projected, *tables, gain, KV_HEADS, HEAD_DIM, readers=2, extra=HEADS)
+    q, k, values, logits = ops.qkv_norm_rope(projected, cos, sin, gain, KV_HEADS, HEAD_DIM, readers=2, extra=HEADS)
     return q, k, *values, logits
 
 
@@ -88,7 +88,7 @@ def embedding(table, tokens, weight, strength, starts):
     return (ops.embedding_smear_norm(tokens, table, weight, strength, starts),)
 
 
-Q, K, TABLE = (1, TOKENS, HEADS, HEAD_DIM), (1, TOKENS, KV_HEADS, HEAD_DIM), (1, TOKENS, 1, HALF)
+Q, K, TABLE = (1, TOKENS, HEADS, HEAD_DIM), (1, TOKENS, KV_HEADS, HEAD_DIM), (TOKENS, HALF)
 X = TOKENS * DIM
 # Operation, shapes or what makes an input, ours, the plain function, elements moved forward and with the backward.
 CASES = {
@@ -100,7 +100,7 @@ CASES = {
         "qk_norm_rope",
         [Q, K, TABLE, TABLE, (HEADS,)],
         queries_and_keys,
-        plain.qk_norm_rope,
+        qk_norm_rope_reference,
         3 * X,
         7.5 * X,
     ),

@@ -1,5 +1,6 @@
 """The benchmarks' machinery: results to pages, the static report, gpu.sh. Speed itself is not tested."""
 
+import importlib
 import json
 import os
 import shutil
@@ -303,3 +304,11 @@ def test_gpu_sh_keeps_going_when_every_part_fails(tmp_path):
     kept = json.loads((tmp_path / "out" / name).read_text())
     names = ["build", "doctor", "tests", "benchmarks", "data", "run", "static_report"]
     assert [(part["part"], part["state"]) for part in kept["parts"]] == [(name, "failed") for name in names]
+
+
+def test_every_program_of_the_folder_can_be_imported():
+    """Benchmarks that need a GPU too: what they take from the package is there."""
+    files = [path for path in (ROOT / "bench").rglob("*.py") if path.stem != "conftest"]
+    assert len(files) > 40
+    for path in files:
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
