@@ -1,4 +1,4 @@
-"""The operations between matrix products at the record's shape, beside torch.compile of the model's plain functions.
+"""The operations between matrix products at the record's shape, beside the model's plain functions, eager and by torch.compile.
 
 Each forward alone and with its backward. The inputs are those of the step: one rank's 98,304 tokens in bfloat16. What
 decides FUSED_GLUE is the compiled model's step (bench_training_step.py), not this.
@@ -171,7 +171,7 @@ def test_glue(measure, case, direction, dtype):
         backend=ops.used()[operation],
         make=make,
         call=call,
-        others={"torch.compile": wrap(compiled)},
+        others={"torch.compile": wrap(compiled), "eager": wrap(definition)},
         peers={},
         tolerance=1e-4 if dtype == torch.float32 else 2e-2,
         work=Work(bytes=round(all_elements if backward else forward_elements) * dtype.itemsize),

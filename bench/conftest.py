@@ -1,8 +1,10 @@
 """`pytest bench/`: benchmarks, not tests. They pass at any speed and take what time they need.
 
-Stopped early (Ctrl-C or SIGTERM), it keeps what was measured until then.
+Stopped early (Ctrl-C or SIGTERM), it keeps what was measured until then. As a part of a visit (bench/gpu.sh) it keeps
+each row as a fact at once, and measures no ceilings: another part does.
 """
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +15,7 @@ import torch
 
 from bench.harness import device, results
 from bench.harness.measure import CLOCK, QUICK, Call, Work, able, check_agreement, run_rounds, seconds_per_call
+from bench.visit import facts
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()
@@ -44,6 +47,9 @@ def kind(pytestconfig: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def ceilings(pytestconfig: pytest.Config, kind: str):
     """Measured before the first benchmark and after the last; the higher counts, as neighbours only take away."""
+    if facts.FOLDER in os.environ:
+        yield
+        return
     first = device.measure_ceilings(seconds_per_call(kind), kind, QUICK)
     pytestconfig.stash[MACHINE] |= {"ceilings": first, "others_share": None}  # what counts if this run is interrupted
     yield
@@ -81,6 +87,8 @@ def measure(benchmark: Any, kind: str, ceilings: None, pytestconfig: pytest.Conf
         row |= {**measurement.row(), **asdict(work)}
         benchmark.extra_info.update(row)
         pytestconfig.stash[ROWS].append(row)
+        if facts.FOLDER in os.environ:
+            facts.add("row", **row)
 
     torch.seed()
     return measure

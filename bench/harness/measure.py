@@ -2,9 +2,10 @@
 
 The operation and what it is compared with run in one process, in alternating order, each round on another set of random
 inputs; the sets together are larger than the cache. A figure is the median over the rounds, a ratio the median of the
-rounds' own ratios. On CUDA the device's events take the time, with a synchronisation after each call; a pause queued in
-front hides the host's launches as long as they take less than about a millisecond. The memory that a call takes there
-is measured after the rounds, one call of each contender.
+rounds' own ratios. On CUDA the device's events take the time, with a synchronisation after each call. A call is captured
+in a graph once and replayed, so that the host's launches cost nothing; where it cannot be captured, a pause queued in
+front hides up to about a millisecond of them, and the row says "calls" instead of "graph". The memory that a call takes
+there is measured after the rounds, one call of each contender.
 
 pytest-benchmark keeps the statistics: its timer is `Clock.now`, which the operation's measured times move afterwards.
 """
@@ -20,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.visit.turns import turn
+from pgolf.errors import one_line
 
 QUICK = os.environ.get("PGOLF_BENCH_QUICK", "") not in ("", "0")  # few rounds: proves that it runs, measures nothing
 BUDGET_SECONDS = 0.05 if QUICK else 1.0  # a benchmark, all contenders together
@@ -60,24 +64,26 @@ class Measurement:
     ours: list[float] = field(default_factory=list)
     others: dict[str, list[float]] = field(default_factory=dict)
     peak_mb: dict[str, float] = field(default_factory=dict)  # "" is the operation
+    timed: dict[str, str] = field(default_factory=dict)  # on CUDA, of each: "graph" or "calls"
 
     def row(self) -> dict[str, Any]:
-        """median_ms, others {name: {median_ms, times_faster}}; on CUDA with peak_mb in both places."""
+        """median_ms, others {name: {median_ms, times_faster}}; on CUDA with peak_mb and timed in both places."""
         return {
             "median_ms": 1e3 * statistics.median(self.ours),
-            **self._peak(""),
+            **self._on_cuda(""),
             "others": {
                 name: {
                     "median_ms": 1e3 * statistics.median(times),
                     "times_faster": statistics.median(b / a for a, b in zip(self.ours, times, strict=True)),
-                    **self._peak(name),
+                    **self._on_cuda(name),
                 }
                 for name, times in self.others.items()
             },
         }
 
-    def _peak(self, name: str) -> dict[str, float]:
-        return {"peak_mb": self.peak_mb[name]} if name in self.peak_mb else {}
+    def _on_cuda(self, name: str) -> dict[str, Any]:
+        known = {"peak_mb": self.peak_mb, "timed": self.timed}
+        return {field: values[name] for field, values in known.items() if name in values}
 
 
 def seconds_per_call(device: str) -> Callable[..., float]:
@@ -103,6 +109,33 @@ def seconds_per_call(device: str) -> Callable[..., float]:
     return on_cuda if device == "cuda" else on_cpu
 
 
+def captured(call: Call, sets: list[tuple]) -> list[Callable[[], Any]] | None:
+    """The call on each set as a graph to be replayed; None where it cannot be captured. It has run before.
+
+    What reads no tensor of the device is not captured: it is a step with a state of its own, or works on the host, of
+    which a graph would hold nothing.
+    """
+    tensors = [value for arguments in sets for value in arguments if isinstance(value, Tensor)]
+    if not tensors or not all(tensor.is_cuda for tensor in tensors):
+        return None
+    pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # one memory: a replay's results are not needed
+    side.wait_stream(torch.cuda.current_stream())
+    graphs = []
+    try:
+        with torch.cuda.stream(side):
+            call(*sets[0])  # autograd remembers the stream of its leaves' first use
+        torch.cuda.current_stream().wait_stream(side)
+        for arguments in sets:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], pool=pool, stream=side):
+                call(*arguments)
+    except Exception as error:  # whatever a contender does that a graph cannot hold: reading results, say
+        torch.cuda.synchronize()
+        warnings.warn(f"timed by calls, not captured: {type(error).__name__}: {one_line(str(error), 200)}", stacklevel=2)
+        return None
+    return [graph.replay for graph in graphs]
+
+
 def input_sets(make: Callable[[], tuple], device: str) -> list[tuple]:
     """As many fresh sets of arguments as exceed the cache three times, at least 2."""
     first = make()
@@ -126,16 +159,28 @@ def run_rounds(
     for contender in contenders.values():  # compile, fill caches and pools
         for _ in range(1 if QUICK else 2):
             timed(contender, *sets[0])
-    estimate = sum(timed(contender, *sets[-1]) for contender in contenders.values())
+    with turn():
+        return _rounds_in_turn(benchmark, contenders, sets, device)
+
+
+def _rounds_in_turn(benchmark: Any, contenders: dict[str, Call], sets: list[tuple], device: str) -> Measurement:
+    timed = seconds_per_call(device)
+    # Of each contender, a function and the arguments of each round.
+    ways: dict[str, list[tuple]] = {name: [(call, *a) for a in sets] for name, call in contenders.items()}
+    measurement = Measurement(others={name: [] for name in contenders if name})
+    if device == "cuda":
+        for name, call in contenders.items():
+            replays = captured(call, sets)
+            ways[name] = [(replay,) for replay in replays] if replays else ways[name]
+            measurement.timed[name] = "graph" if replays else "calls"
+    estimate = sum(timed(*way[-1]) for way in ways.values())
     least, most = ROUNDS
     rounds = max(least, min(most, int(BUDGET_SECONDS / max(estimate, 1e-6))))
-    measurement = Measurement(others={name: [] for name in others})
     names = list(contenders)
 
     for index in range(rounds):
-        arguments = sets[index % len(sets)]
         for name in names if index % 2 == 0 else reversed(names):
-            seconds = timed(contenders[name], *arguments)
+            seconds = timed(*ways[name][index % len(sets)])
             (measurement.others[name] if name else measurement.ours).append(seconds)
     if device == "cuda":
         measurement.peak_mb = {name: peak_mb(contender, *sets[0]) for name, contender in contenders.items()}
