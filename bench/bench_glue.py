@@ -1,4 +1,4 @@
-"""The operations between matrix products at the record's shape, beside the model's plain functions, eager and by torch.compile.
+"""The operations between matrix products at the record's shape, beside the plain functions, eager and by torch.compile.
 
 Each forward alone and with its backward. The inputs are those of the step: one rank's 98,304 tokens in bfloat16. What
 decides FUSED_GLUE is the compiled model's step (bench_training_step.py), not this.

@@ -2,10 +2,10 @@
 
 The operation and what it is compared with run in one process, in alternating order, each round on another set of random
 inputs; the sets together are larger than the cache. A figure is the median over the rounds, a ratio the median of the
-rounds' own ratios. On CUDA the device's events take the time, with a synchronisation after each call. A call is captured
-in a graph once and replayed, so that the host's launches cost nothing; where it cannot be captured, a pause queued in
-front hides up to about a millisecond of them, and the row says "calls" instead of "graph". The memory that a call takes
-there is measured after the rounds, one call of each contender.
+rounds' own ratios. On CUDA the device's events take the time, with a synchronisation after each call. A call is
+captured in a graph once and replayed, so that the host's launches cost nothing; where it cannot be captured, a pause
+queued in front hides up to about a millisecond of them, and the row says "calls" instead of "graph". The memory that a
+call takes there is measured after the rounds, one call of each contender.
 
 pytest-benchmark keeps the statistics: its timer is `Clock.now`, which the operation's measured times move afterwards.
 """
@@ -131,7 +131,8 @@ def captured(call: Call, sets: list[tuple]) -> list[Callable[[], Any]] | None:
                 call(*arguments)
     except Exception as error:  # whatever a contender does that a graph cannot hold: reading results, say
         torch.cuda.synchronize()
-        warnings.warn(f"timed by calls, not captured: {type(error).__name__}: {one_line(str(error), 200)}", stacklevel=2)
+        why = f"{type(error).__name__}: {one_line(error, 200)}"
+        warnings.warn(f"timed by calls, not captured: {why}", stacklevel=2)
         return None
     return [graph.replay for graph in graphs]
 
