@@ -20,7 +20,7 @@ PART = "PGOLF_PART"  # name of the part that this process is of; its first word 
 def add(fact: str, **values: Any) -> None:
     """Keep one fact: in the visit's folder, or printed where this process is of no visit."""
     part = os.environ.get(PART, "by hand")
-    second = time.time() - float(os.environ.get(START, time.time()))
+    second = time.time() - float(os.environ[START]) if START in os.environ else 0.0
     line = json.dumps({"part": part, "fact": fact, **short(values), "second": round(second, 2)}, ensure_ascii=False)
     if FOLDER not in os.environ:
         print(line, flush=True)
