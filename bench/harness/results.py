@@ -1,7 +1,7 @@
 """Measurements as files: one compact JSON a device, and the pages that are made from them.
 
-    pytest bench/ --benchmark-json=new.json
-    python -m bench.harness.results collect new.json     # -> bench/results/<device>.json
+    pytest bench/ --benchmark-json=new.json              # or bench/gpu.sh OUT, which leaves a folder
+    python -m bench.harness.results collect new.json     # -> bench/results/<device>.json; or OUT, or several of them
     python -m bench.harness.results render [--check]     # -> bench/RESULTS.md and the table in README.md
 
 Nothing here is typed by hand. `render --check` changes nothing and exits 1 when a page is out of date. A device that no
@@ -11,9 +11,10 @@ file is of is named as not measured. Needs the standard library only.
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from bench.visit import report
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -21,6 +22,12 @@ ROW_FIELDS = ("operation", "case", "shape", "dtype", "backend", "median_ms", "by
 OPTIONAL_FIELDS = ("peak_mb",)  # on CUDA
 SMALLER_UNITS = {"GB/s": "MB/s", "TFLOP/s": "GFLOP/s"}
 README_DEVICES = {"amd-epyc-2-cores": "AMD EPYC, 2 cores", "nvidia-h200": "NVIDIA H200"}
+CEILINGS = {
+    "copy_gb_per_s": ("copy", "GB/s"),
+    "float32_tflop_per_s": ("float32", "TFLOP/s"),
+    "bfloat16_tflop_per_s": ("bfloat16", "TFLOP/s"),
+}
+VISITED = "nvidia-h200"  # what bench/predictions.json is for
 RUN_ROWS = (
     "whole run of `train_gpt.py`",
     "its score before quantisation",
@@ -93,7 +100,7 @@ def priced(row: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
     rate of the row's dtype, whichever is longer.
     """
     seconds = row["median_ms"] / 1e3
-    by_bytes = row["bytes"] / ceilings["copy_gb_per_s"] / 1e9
+    by_bytes = row["bytes"] / ceilings.get("copy_gb_per_s", float("inf")) / 1e9
     by_flops = row["flops"] / ceilings.get(f"{row['dtype']}_tflop_per_s", float("inf")) / 1e12
     if row["tokens"]:
         rate, unit = row["tokens"] / seconds, "tokens/s"
@@ -150,10 +157,14 @@ def results_page(devices: list[dict[str, Any]]) -> str:
     for slug, name in README_DEVICES.items():
         if not any(results["slug"] == slug for results in devices):
             lines += ["", f"## {name}", "", "not measured"]
+            if slug == VISITED:
+                lines += ["", "### Predicted and measured", "", *report.figure_table({})]
     for results in devices:
         lines += ["", f"## {results['device']}", "", machine_line(results), ""]
         if results.get("run"):
             lines += [f"Whole run of train_gpt.py: {run_line(results['run'])}.", ""]
+        if "visit" in results:
+            lines += [*report.page(results["visit"]), ""]
         lines += table(results["rows"], markdown=True)
     return "\n".join(lines) + "\n"
 
@@ -249,9 +260,12 @@ def machine_line(machine: dict[str, Any]) -> str:
     parts += [f"{name} {version}" for name, version in machine["versions"].items() if version != "not installed"]
     if ceilings:
         parts.append(
-            f"ceilings: copy {number(ceilings['copy_gb_per_s'])} GB/s, "
-            f"float32 {number(ceilings['float32_tflop_per_s'])} TFLOP/s, "
-            f"bfloat16 {number(ceilings['bfloat16_tflop_per_s'])} TFLOP/s"
+            "ceilings: "
+            + ", ".join(
+                f"{label} {number(ceilings[name])} {unit}"
+                for name, (label, unit) in CEILINGS.items()
+                if name in ceilings
+            )
         )
     return "; ".join(parts)
 
@@ -306,68 +320,42 @@ def render(root: Path, check: bool) -> list[str]:
     return stale
 
 
-# What bench/gpu.sh keeps
+# The program
 
 
-def read_parts(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Lines "name<TAB>exit status<TAB>seconds"."""
-    parts = []
-    for line in lines:
-        name, status, seconds = line.rstrip("\n").split("\t")
-        state = {"0": "ok", "124": "timed out", "skipped": "skipped"}.get(status, "failed")
-        parts.append({"part": name, "state": state, "exit_status": status, "seconds": float(seconds)})
-    return parts
-
-
-def collect_session(
-    benchmarks: Path, parts: Path | None, run_summary: Path | None, static: Path | None
-) -> dict[str, Any]:
-    """Results with the record of a whole session beside them. A part that left no file leaves no entry."""
-    try:
-        results = collect(benchmarks)
-    except ResultsError as error:
-        if parts is None:
-            raise
-        print(f"results.py: {error}; keeping the rest", file=sys.stderr)
-        from bench.harness import device
-
-        machine = device.describe()
-        results = {
-            "device": machine.pop("name"),
-            **machine,
-            "date": device.today(),
-            "others_share": None,
-            "command": "pytest bench/",
-            "quick": False,
-            "ceilings": {},
-            "rows": [],
-        }
-    if parts is not None:
-        results["parts"] = read_parts(parts.read_text(encoding="utf-8").splitlines())
-    for name, path in (("run", run_summary), ("static_report", static)):
-        if path is not None and path.exists():
-            results[name] = json.loads(path.read_text(encoding="utf-8"))
+def collect_all(sources: list[Path], run_summary: Path | None) -> dict[str, Any]:
+    """Results of one pytest-benchmark JSON, or of the folders of a visit; with the summary of a training run."""
+    if all(source.is_dir() for source in sources):
+        try:
+            results = report.collect(sources)
+        except ValueError as error:
+            raise ResultsError(str(error)) from None
+        results["rows"] = [_short(priced(row, results["ceilings"])) for row in results["rows"]]
+    elif len(sources) == 1:
+        results = collect(sources[0])
+    else:
+        raise ResultsError(f"{len(sources)} files: one is accepted, or folders of bench/gpu.sh")
+    if results["quick"]:
+        raise ResultsError(f"{sources[0]}: made in quick mode (PGOLF_BENCH_QUICK, --quick), which measures nothing")
+    if run_summary is not None:
+        results["run"] = json.loads(run_summary.read_text(encoding="utf-8"))
     return results
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Keep measurements and make the pages that show them.")
     commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect", help="compact a pytest-benchmark JSON into one file a device")
-    collecting.add_argument("file", type=Path)
+    collecting = commands.add_parser("collect", help="compact what was measured into one file a device")
+    collecting.add_argument("source", type=Path, nargs="+", help="a pytest-benchmark JSON, or folders of bench/gpu.sh")
     collecting.add_argument("--folder", type=Path, default=ROOT / "bench" / "results", help="where to write it")
-    collecting.add_argument("--parts", type=Path, help="status of the parts of a session, from gpu.sh")
-    collecting.add_argument("--run", type=Path, help="summary.json of the session's training run")
-    collecting.add_argument("--static", type=Path, help="static_report.py --json of the session")
+    collecting.add_argument("--run", type=Path, help="summary.json of a training run on the same device")
     rendering = commands.add_parser("render", help="make bench/RESULTS.md and the README's table")
     rendering.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
     rendering.add_argument("--root", type=Path, default=ROOT, help="the project's folder")
     options = parser.parse_args(arguments)
     try:
         if options.command == "collect":
-            results = collect_session(options.file, options.parts, options.run, options.static)
-            if results["quick"] and options.parts is None:
-                raise ResultsError(f"{options.file}: made with PGOLF_BENCH_QUICK, which measures nothing")
+            results = collect_all(options.source, options.run)
             path = options.folder / f"{results['slug']}.json"
             write_results(path, results)
             print(f"{path}: {len(results['rows'])} rows")

@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attention", help="this backend alone")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    tokens, rounds = (2048, 2) if options.quick else (TOKENS, ROUNDS)
+    tokens, rounds = (512, 2) if options.quick else (TOKENS, ROUNDS)
     torch.set_float32_matmul_precision("high")
     with turn():
         if options.attention:

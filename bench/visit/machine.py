@@ -1,4 +1,9 @@
-"""What the machine and its Python have: the device, the driver, versions, and the doctor's word."""
+"""What the machine and its Python have: the device, the driver, versions, and the doctor's word.
+
+    python -m bench.visit.machine [--build]
+
+`--build` instead builds `pgolf._native` in place, where it is not there or is not of these sources.
+"""
 
 import json
 import os
@@ -6,15 +11,31 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from bench.harness import device
 from bench.visit import facts
 from bench.visit.turns import turn
 
+ROOT = Path(__file__).resolve().parents[2]
 NVIDIA_SMI = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 
 
+def build() -> int:
+    look = "from pgolf import _native; from pgolf.runtime import sources as s; import sys; "
+    look += "sys.exit(_native.build_info()['sources'] != s.native_digest(s.root()))"
+    if subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, timeout=120).returncode == 0:
+        facts.add("native build", seconds=0.0, status=0)
+        return 0
+    begin = time.perf_counter()
+    status = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT).returncode
+    facts.add("native build", seconds=time.perf_counter() - begin, status=status)
+    return status
+
+
 def main() -> int:
+    if sys.argv[1:] == ["--build"]:
+        return build()
     begin = time.perf_counter()
     facts.add("device", **device.describe(), date=device.today(), processors=os.cpu_count())
     facts.add("import torch and look", seconds=time.perf_counter() - begin)

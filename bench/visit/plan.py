@@ -41,15 +41,15 @@ OPERATIONS = (
     ("softcapped_cross_entropy", "bench_softcapped_cross_entropy", "", "float32"),
     ("residual_rms_norm", "bench_glue", "mix or add", ""),
     ("qkv_norm_rope", "bench_glue", "one product", ""),
-    ("newton_schulz", "bench_newton_schulz", "", "quintic and k"),
+    ("newton_schulz", "bench_newton_schulz", "", "eighth and float32"),
     ("two_lane_rms_norm", "bench_glue", "lanes", ""),
     ("xsa_gate", "bench_glue", "gate", ""),
     ("qk_norm_rope", "bench_glue", "rotate and not product", ""),
     ("embedding_smear_norm", "bench_glue", "smeared", ""),
     ("linear_softcapped_cross_entropy", "bench_linear_softcapped_cross_entropy", "", "float32"),
-    ("unpack_dequantize", "bench_unpack_dequantize", "", "float32"),
+    ("unpack_dequantize", "bench_unpack_dequantize", "", "unpack"),
     ("mlp_stack", "bench_mlp_stack", "", "float32"),
-    ("gptq", "bench_gptq", "bank", "matrix and refine"),
+    ("gptq", "bench_gptq", "bank", "512x512 and refine"),
 )
 STEPS = (  # name, settings
     ("loop plain", "FUSED_GLUE=off"),
@@ -69,7 +69,7 @@ def plan(quick: bool, cuda: bool) -> list[Part]:
     }
     parts = [
         Part("machine", module("machine"), turn_s=15, end=60),
-        Part("machine build", ("setup.py", "-q", "build_ext", "--inplace"), turn_s=0, end=300, nice=15),
+        Part("machine build", module("machine", "--build"), turn_s=0, end=300, nice=15),
         Part("ceilings", module("ceilings", *small), turn_s=40, end=90),
         Part("correctness exact", module("correctness", "exact", *small), turn_s=75, end=150),
         steps["loop plain"],

@@ -31,7 +31,7 @@ KEPT = ROOT / ".visit"  # ignored: compiled code, unpacked wheels, how the parts
 AT_ONCE = 6  # processes
 TAIL_LINES = 40  # of a failed part's output, in OUT/log.txt
 GRACE_SECONDS = 3.0  # between the request to end and the end
-CLOSING_SECONDS = 8.0  # of the visit, kept for ending what still runs
+CLOSING_SECONDS = 8.0  # of the visit, or a tenth of a short one, for ending what still runs
 PR_SET_PDEATHSIG = 1
 
 
@@ -50,10 +50,12 @@ class Running:
 
 
 class Visit:
-    def __init__(self, out: Path, parts: list[Part], seconds: float, environ: dict[str, str], begun: float):
+    def __init__(
+        self, out: Path, parts: list[Part], seconds: float, environ: dict[str, str], begun: float, scale: float
+    ):
         self.out, self.waiting, self.seconds, self.environ, self.begun = out, list(parts), seconds, environ, begun
         self.rank = {part.name: index for index, part in enumerate(parts)}
-        self.scale = min(1.0, seconds / SECONDS)
+        self.scale = scale  # of the plan's seconds
         self.running: list[Running] = []
         self.states: dict[str, str] = {}
         self.selector = selectors.DefaultSelector()
@@ -64,7 +66,7 @@ class Visit:
     def run(self) -> None:
         """Until all parts have ended or the time is up."""
         while self.waiting or self.running:
-            over = self.second() > self.seconds - CLOSING_SECONDS * self.scale
+            over = self.second() > self.seconds - min(CLOSING_SECONDS, self.seconds / 10)
             if over:
                 self._give_up()
             self._begin_parts()
@@ -209,6 +211,7 @@ def environment(out: Path, begun: float, quick: bool, cuda: bool) -> dict[str, s
     path = [str(ROOT), *([str(site)] if site.is_dir() else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(KEPT / "inductor"),
@@ -271,7 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
     facts.add("begun", seconds=options.seconds, quick=options.quick, cuda=cuda, parts=[part.name for part in parts])
     wheels.unpack(options.wheels, KEPT / "site")
     link_kernels()
-    visit = Visit(out, parts, options.seconds, environment(out, begun, options.quick, cuda), begun)
+    scale = 1.0 if options.quick else min(1.0, options.seconds / SECONDS)
+    visit = Visit(out, parts, options.seconds, environment(out, begun, options.quick, cuda), begun, scale)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(visit, "seconds", 0.0))
     visit.run()
