@@ -41,5 +41,5 @@ bench:  ## time every operation beside its baseline
 kernels:  ## compile every kernel for Hopper, with no GPU: registers, spills, least time
 	$(PYTHON) -m bench.kernels.static_report
 
-gpu:  ## on a machine with a GPU: build, test and time everything; OUT=folder for the results
+gpu:  ## on a machine with a GPU: nine minutes of tests and figures; OUT=folder for the facts
 	bench/gpu.sh $(OUT)

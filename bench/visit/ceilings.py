@@ -40,22 +40,24 @@ COPY_BYTES = 1 << 30
 ROUNDS = 30
 
 
-def median_ms(call: Callable, make: Callable[[], tuple], rounds: int) -> tuple[float, float, str]:
+def median_ms(call: Callable, make: Callable[[], tuple], rounds: int, capture: bool = True) -> tuple[float, float, str]:
     """(median, least, "graph" or "calls") of one call."""
     timed = seconds_per_call(DEVICE)
     sets = input_sets(make, DEVICE)
     for _ in range(2):
         timed(call, *sets[0])
-    replays = captured(call, sets) if CUDA else None
+    replays = captured(call, sets) if CUDA and capture else None
     ways: list[tuple] = [(replay,) for replay in replays] if replays else [(call, *arguments) for arguments in sets]
     times = [1e3 * timed(*ways[index % len(ways)]) for index in range(rounds)]
     return statistics.median(times), min(times), "graph" if replays else "calls"
 
 
-def keep(name: str, call: Callable, make: Callable[[], tuple], rounds: int, **work: float) -> None:
+def keep(
+    name: str, call: Callable, make: Callable[[], tuple], rounds: int, capture: bool = True, **work: float
+) -> None:
     """One fact, or the reason why there is none: another figure may still come."""
     try:
-        ms, least, how = median_ms(call, make, rounds)
+        ms, least, how = median_ms(call, make, rounds, capture)
     except Exception as error:  # of somebody else's library
         facts.add(name, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return
@@ -128,7 +130,8 @@ def measure_attention(backend: str, tokens: int, rounds: int) -> None:
 
         name = f"attention {chosen} {kv_heads} heads"
         keep(f"{name} forward", lambda *t: attend(*(x.detach() for x in t)), inputs, rounds, flop=products)
-        keep(f"{name} backward", backward, after_forward, rounds, flop=2.5 * products)
+        # It runs on the stream of its forward pass, which is over: a graph of its own could not hold it.
+        keep(f"{name} backward", backward, after_forward, rounds, capture=False, flop=2.5 * products)
 
 
 def measure_launches(rounds: int) -> None:

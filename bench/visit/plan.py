@@ -1,6 +1,7 @@
 """What a visit does, in the order in which it may use the device."""
 
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ class Part:
     start: float = 0.0  # second of the visit before which it does not begin
     end: float = SECONDS  # and at which it is ended
     nice: int = 0
+    gb: int = 20  # of the device's memory, about; processes that would take too much together wait for each other
     environ: dict[str, str] = field(default_factory=dict)
     asked_for: bool = False  # runs where --parts names it, not by itself
 
@@ -64,13 +66,13 @@ def plan(quick: bool, cuda: bool) -> list[Part]:
     """Of a visit; `quick` proves that every part runs, on a CPU too, and measures nothing."""
     small = ("--quick",) if quick else ()
     steps = {
-        name: Part(f"step {name}", module("step", *name.split()[:1], *small, *settings.split()), turn_s=40)
+        name: Part(f"step {name}", module("step", *name.split()[:1], *small, *settings.split()), turn_s=40, gb=45)
         for name, settings in STEPS
     }
     parts = [
-        Part("machine", module("machine"), turn_s=15, end=60),
-        Part("machine build", module("machine", "--build"), turn_s=0, end=300, nice=15),
-        Part("ceilings", module("ceilings", *small), turn_s=40, end=90),
+        Part("machine", module("machine"), turn_s=15, end=60, gb=1),
+        Part("machine build", module("machine", "--build"), turn_s=0, end=300, nice=15, gb=0),
+        Part("ceilings", module("ceilings", *small), turn_s=40, end=90, gb=10),
         Part("correctness exact", module("correctness", "exact", *small), turn_s=75, end=150),
         steps["loop plain"],
         steps["loop fused"],
@@ -82,6 +84,13 @@ def plan(quick: bool, cuda: bool) -> list[Part]:
         ),
         *(steps[name] for name in ("loop fused graphs", "first fused", "first plain")),
         Part("ceilings flash4", module("ceilings", "--attention", "flash4", *small), turn_s=60, asked_for=True),
+        Part(
+            "step loop fused flash4",
+            module("step", "loop", *small, "FUSED_GLUE=on", "ATTENTION=flash4"),
+            turn_s=60,
+            gb=45,
+            asked_for=True,
+        ),
         Part("ceilings flash3", module("ceilings", "--attention", "flash3", *small), turn_s=30, asked_for=True),
     ]
     if "PGOLF_PEERS" in os.environ:
@@ -114,4 +123,5 @@ def chosen(parts: list[Part], names: list[str], states: dict[str, str]) -> list[
 
 def has_cuda() -> bool:
     """Asked of the driver, because torch may have to be unpacked first."""
-    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    there = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+    return there and os.environ.get("CUDA_VISIBLE_DEVICES") != ""

@@ -29,6 +29,7 @@ from bench.visit.plan import SECONDS, Part, chosen, has_cuda, plan
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".visit"  # ignored: compiled code, unpacked wheels, how the parts ended
 AT_ONCE = 6  # processes
+MEMORY_GB = 125  # of the device, for all of them
 TAIL_LINES = 40  # of a failed part's output, in OUT/log.txt
 GRACE_SECONDS = 3.0  # between the request to end and the end
 CLOSING_SECONDS = 8.0  # of the visit, or a tenth of a short one, for ending what still runs
@@ -88,9 +89,12 @@ class Visit:
             if self.second() >= part.end * self.scale:
                 self.waiting.remove(part)
                 self._ended(part, "not reached")
-            elif self.second() >= part.start * self.scale:
+            elif self.second() >= part.start * self.scale and part.gb + self._taken_gb() <= MEMORY_GB:
                 self.waiting.remove(part)
                 self.running.append(self._begin(part))
+
+    def _taken_gb(self) -> int:
+        return sum(running.part.gb for running in self.running)
 
     def _begin(self, part: Part) -> Running:
         ours, theirs = socket.socketpair()
