@@ -42,7 +42,7 @@ OPERATIONS = (
     ("leaky_relu2_mlp", "bench_leaky_relu2_mlp", "", "float32"),
     ("softcapped_cross_entropy", "bench_softcapped_cross_entropy", "", "float32"),
     ("residual_rms_norm", "bench_glue", "mix or add", ""),
-    ("qkv_norm_rope", "bench_glue", "one product", ""),
+    ("qkv_norm_rope", "bench_glue", "product", ""),
     ("newton_schulz", "bench_newton_schulz", "", "eighth and float32"),
     ("two_lane_rms_norm", "bench_glue", "lanes", ""),
     ("xsa_gate", "bench_glue", "gate", ""),
