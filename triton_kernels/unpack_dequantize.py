@@ -54,7 +54,7 @@ def unpack_dequantize_kernel(
     lane = tl.arange(0, 8)
 
     octet = start // 8 * BITS + group * BITS
-    octets = (count.to(tl.int64) * BITS + 7) // 8
+    octets = (tl.cast(count, tl.int64) * BITS + 7) // 8  # a count of 1 arrives as a Python number
     word = tl.zeros((GROUPS,), dtype=WORD)
     for j in tl.static_range(BITS):
         byte = tl.load(packed_ptr + octet + j, mask=octet + j < octets, other=0)

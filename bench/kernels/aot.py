@@ -10,11 +10,12 @@ import pkgutil
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -38,6 +39,7 @@ class Resources:
     wide_store_instructions: int  # global stores of 16 bytes a thread
     blocks_per_sm: int
     occupancy: float  # resident warps / 64
+    waiting: str = ""  # ptxas's words where it makes a wgmma wait: (C7515) all are serialised, (C7517) a wait is put in
 
 
 def variants() -> list[Variant]:
@@ -64,7 +66,8 @@ def compile_variant(variant: Variant, architecture: int = 90) -> Resources:
     if variant.registers:
         options["maxnreg"] = variant.registers
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return read_cubin(compiled.asm["cubin"], variant.num_warps, compiled.metadata.shared)
+    found = read_cubin(compiled.asm["cubin"], variant.num_warps, compiled.metadata.shared)
+    return replace(found, waiting=waiting_wgmma(compiled.asm["ptx"], architecture))
 
 
 def read_cubin(cubin: bytes, num_warps: int, shared_bytes: int) -> Resources:
@@ -87,6 +90,19 @@ def read_cubin(cubin: bytes, num_warps: int, shared_bytes: int) -> Resources:
         blocks_per_sm=blocks,
         occupancy=blocks * num_warps / WARPS_PER_SM,
     )
+
+
+def waiting_wgmma(ptx: str, architecture: int = 90) -> str:
+    """What ptxas says of a wgmma that it makes wait, or "". Triton drops what ptxas says: it is run again here."""
+    if "wgmma" not in ptx:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(architecture).path, "-v", "-lineinfo", f"--gpu-name=sm_{architecture}a"]
+        command += [str(path), "-o", str(path.with_suffix(".cubin"))]
+        log = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stderr
+    return "; ".join(line.partition(": ")[2].strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line))
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -1,4 +1,9 @@
-"""Every shipped configuration of every Triton kernel compiles for Hopper with no GPU present, and spills nothing."""
+"""Every shipped configuration of every Triton kernel compiles for Hopper with no GPU present.
+
+None spills, and none makes its tensor cores wait (ptxas's C7515).
+"""
+
+from dataclasses import replace
 
 import pytest
 
@@ -15,10 +20,11 @@ def test_there_are_kernels_and_their_names_differ():
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
-def test_no_spills_on_sm_90(variant):
+def test_no_spills_and_no_waiting_on_sm_90(variant):
     found = aot.compile_variant(variant, architecture=90)
     assert found.spill_instructions == 0
     assert found.stack_bytes == 0
+    assert not found.waiting
     assert 0 < found.registers <= 255
     assert found.blocks_per_sm >= 1
     assert variant.bytes_moved > 0
@@ -30,6 +36,52 @@ def test_no_spills_on_sm_90(variant):
     ):
         assert found.tma_instructions > 0
         assert (found.wgmma_instructions > 0) == ("fp32" not in variant.name), "float32 keeps all its bits"
+
+
+def test_a_size_of_1_compiles():
+    """Triton makes a Python number of an argument that is 1."""
+    variant = next(v for v in VARIANTS if v.name.startswith("unpack_dequantize int6"))
+    for names in (("count", "columns"), ("columns",)):
+        single = replace(
+            variant,
+            signature={**variant.signature, **dict.fromkeys(names, "constexpr")},
+            constexprs={**variant.constexprs, **dict.fromkeys(names, 1), "GROUP_IN_ROW": False},
+            aligned=tuple(name for name in variant.aligned if name not in names),
+        )
+        assert aot.compile_variant(single).spill_instructions == 0
+
+
+PRODUCTS = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry products(.param .u64 out, .param .u64 operand)
+{
+    .reg .f32 %f<4>;
+    .reg .b64 %rd<3>;
+    ld.param.u64 %rd1, [out];
+    ld.param.u64 %rd2, [operand];
+    mov.f32 %f0, 0f00000000;
+    mov.f32 %f1, %f0;
+    mov.f32 %f2, %f0;
+    mov.f32 %f3, %f0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %rd2, %rd2, 1, 1, 1, 0, 0;
+    BETWEEN
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %rd2, %rd2, 1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.v4.f32 [%rd1], {%f0, %f1, %f2, %f3};
+    ret;
+}
+"""
+
+
+def test_the_reader_sees_waiting_tensor_cores():
+    assert aot.waiting_wgmma(PRODUCTS.replace("BETWEEN", "")) == ""
+    waiting = aot.waiting_wgmma(PRODUCTS.replace("BETWEEN", "add.f32 %f0, %f0, %f0;"))  # the sums, not yet there
+    assert "(C75" in waiting
+    assert "\n" not in waiting
 
 
 def test_the_reader_sees_spills_and_tensor_cores():
