@@ -82,7 +82,7 @@ def symmetric_product_kernel(
     m = row * BLOCK
     n = column * BLOCK
 
-    # Without it Triton 3.6 guards the loop, and the guard's zeros keep ptxas from letting one wgmma follow another (C7515).
+    # Without it Triton 3.6 guards the loop, and for that ptxas has each wgmma wait for the one before (C7515).
     tl.assume(inner > 0)
     sums = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for k in range(0, inner, BLOCK_K):
@@ -244,8 +244,8 @@ def symmetric_product(
 ) -> Tensor:
     """alpha · left rightᵀ + beta · plus + gamma · I, symmetric by what the operands are. One launch.
 
-    left and right (B, n, k), k > 0, both with rows or both with columns contiguous; plus (B, n, n). float16, bfloat16 or
-    float32, sums in float32. Result (B, n, n) in `dtype`, else that of left. `tile`: its side, where there is a choice.
+    left and right (B, n, k), k > 0, both with rows or both with columns contiguous; plus (B, n, n). float16, bfloat16
+    or float32, sums in float32. Result (B, n, n) in `dtype`, else that of left. `tile`: its side, where one can choose.
     """
     count, size, inner = left.shape
     transposed = left.stride(2) != 1 and left.stride(1) == 1

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from pgolf.data.batch import MicroBatch
+from pgolf.data.batch import MicroBatch, slots
 from pgolf.data.prefetch import Loader
 from pgolf.data.tokenizer import ByteTable
 from pgolf.errors import Interrupted, ScoreError, UserError
 from pgolf.evaluation.scoring import Score
 from pgolf.model import Model
+from pgolf.model.attention import padding
 from pgolf.model.flops import flops_per_token
 from pgolf.quantization.config import QuantizationConfig
 from pgolf.runtime.clock import Clock, Stopwatch
@@ -124,6 +125,7 @@ class Trainer:
         steps, skipped = self.settings.warmup_steps, cuda_graphs.skipped()
         if self.cuda_graphs and steps:
             steps = max(steps, cuda_graphs.WARMUP_STEPS)
+        self._warn_of_padding(max(phase.seq_len for phase in self.schedule.phases()))
         for phase in reversed(self.schedule.phases()):  # the first, with which training begins, is timed last
             self._set(phase)
             for _ in range(steps):
@@ -140,6 +142,16 @@ class Trainer:
         self._enter(0.0)
         if self.cuda_graphs and (skipped := cuda_graphs.skipped() - skipped):
             self.run.log(f"cuda_graphs: {skipped} passes are not captured; TORCH_LOGS=perf_hints tells why")
+
+    def _warn_of_padding(self, longest: int) -> None:
+        """Of documents of at most `longest` tokens; a compiled step cannot warn by itself."""
+        settings = self.settings
+        by_rows = self.model.execution.attention in ("sdpa", "plain", "auto")
+        if self.compiled and by_rows and settings.loader == "documents":
+            length = min(settings.micro_batch_tokens, settings.train_batch_tokens // self.ranks.world_size)
+            longest = min(longest, length)
+            if line := padding(slots(length, longest) - 1, longest, length):
+                self.run.warn(line)
 
     def train(self, validate: Callable[[], Score]) -> None:
         """Steps until the iterations or the time for training are used up; the moving average becomes the weights.

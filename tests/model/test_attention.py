@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -115,7 +116,7 @@ def flash4_modules():
 def varlen_module(version):
     def old(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None):
         assert is_causal
-        assert q.shape == k.shape
+        assert q.size(1) == 2 * k.size(1)
         return stand_in_varlen(q, k, v, cu_seq_q, max_q)
 
     def new(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
@@ -151,6 +152,53 @@ def test_flash_kernels_are_called_as_they_ask(load, modules, monkeypatch):
         torch.testing.assert_close(compiled(*inputs, cu_seqlens, 7, "flash3"), expected)
 
 
+def test_varlen_takes_fewer_heads_of_k_and_v_as_they_are():
+    """torch's own, traced in one graph without data: it is called with them, and nothing is expanded around it."""
+    pytest.importorskip("torch.nn.attention.varlen", reason="torch has it since 2.10")
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    with FakeTensorMode():
+        q, k = (torch.empty(64, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2))
+        v, borders = torch.empty_like(k, requires_grad=True), torch.empty(5, dtype=torch.int32)
+        compiled = torch.compile(
+            flash.load_varlen(), fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        )
+        y = compiled(q, k, v, borders, 32)
+        found = torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
+    assert [tuple(x.shape) for x in (y, *found)] == [(64, 8, 16), (64, 8, 16), (64, 2, 16), (64, 2, 16)]
+    assert len(graphs) == 2
+    for graph, called, place in zip(graphs, ("_varlen_attn.", "_varlen_attn_backward."), (1, 2), strict=True):
+        made = [node for node in graph.graph.nodes if node.op == "call_function"]
+        calls = [node for node in made if not node.name.startswith(("getitem", "detach"))]  # these make nothing
+        assert [called in str(node.target) for node in calls] == [True], calls
+        assert {tuple(node.meta["val"].shape) for node in calls[0].args[place : place + 2]} == {(64, 2, 16)}
+
+
+def test_padding_is_told_where_documents_become_rows():
+    """On a GPU, and compiled, where the lengths are not looked at; here on tensors without data."""
+    said = pgolf.model.attention.padding(447, 2048, 98_304)
+    assert "sdpa pads packed documents to rows of 2048 tokens: 915,456 tokens for 98,304 (9.3 times)" in said
+    assert "ATTENTION=varlen" in said
+    assert not pgolf.model.attention.padding(48, 2048, 98_304)
+    inputs = [x.detach().to("meta") for x in made_up(length=12)]
+    borders = torch.empty(9, dtype=torch.int32, device="meta")
+    with pytest.warns(UserWarning, match=r"rows of 7 tokens: 56 tokens for 12 \(4\.7 times\)"):
+        attention(*inputs, borders, 7, "sdpa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(*inputs, borders[:2], 12, "sdpa")
+        attention(*made_up(), torch.tensor([0, 1, 2, 3, 12]), 9, "sdpa")  # on a CPU, where nothing is padded
+
+
 def test_rows_are_documents_of_one_length_to_flash_kernels(monkeypatch):
     seen = []
 
@@ -178,6 +226,7 @@ def test_the_first_that_is_there_is_chosen(monkeypatch):
     for name in list(pgolf.model.attention.FLASH):
         monkeypatch.setitem(pgolf.model.attention.FLASH, name, loader(name))
     monkeypatch.setattr(pgolf.model.attention, "LOADED", {})
+    monkeypatch.setattr(pgolf.model.attention.trial, "failure", lambda *_: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     assert choose_attention("auto", cuda, bf16, 1024) == "sdpa"

@@ -133,6 +133,18 @@ def test_a_signal_is_noticed_at_the_next_step(trainer):
     assert (t.run.folder / "checkpoint.pt").exists()
 
 
+def test_a_compiled_step_that_pads_documents_warns_before(trainer):
+    documents = {"LOADER": "documents", "BOS_ID": "1", "COMPILE": "on", "WARMUP_STEPS": "0", "CUDA_GRAPHS": "off"}
+    longer = {"TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "64"}
+    for changes, lines in (({}, 1), ({"LOADER": "shuffled"}, 0), ({"COMPILE": "off"}, 0)):
+        t = trainer(**{**documents, **longer, **changes})
+        t.warm_up()
+        warned = [line for line in t.run.lines if line.startswith("warning: attention by sdpa pads packed documents")]
+        assert len(warned) == lines
+        if lines:
+            assert "rows of 64 tokens: 4,032 tokens for 256 (15.8 times)" in warned[0]
+
+
 def test_validation_comes_when_asked_for_and_stops_the_clock(trainer):
     t = trainer(ITERATIONS="5", VAL_LOSS_EVERY="2")
     t.train(lambda: time.sleep(1.0))

@@ -8,22 +8,26 @@ Backends, in the order in which `ATTENTION=auto` takes the first that is there:
     plain             the definition in matrix products; for short rows on CPUs
 
 The first three need CUDA and float16 or bfloat16. `choose_attention` is called once, before anything is compiled.
+flash4, whose compiler works when it is called, is first tried forward and backward in a process of its own (trial.py).
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pgolf.errors import UserError
+from pgolf.model.attention import trial
 from pgolf.model.attention.flash import Packed, load_flash3, load_flash4, load_varlen
-from pgolf.model.attention.plain import PLAIN_LENGTH, by_rows, plain, sdpa
+from pgolf.model.attention.plain import PLAIN_LENGTH, by_rows, padding, plain, sdpa
 
-__all__ = ["attention", "choose_attention"]
+__all__ = ["attention", "choose_attention", "padding"]
 
 FLASH: dict[str, Callable[[], Packed]] = {"flash3": load_flash3, "flash4": load_flash4, "varlen": load_varlen}
 ROWS = {"sdpa": sdpa, "plain": plain}
 LOADED: dict[str, Packed] = {}  # of these, what `choose_attention` has found
+TRIED_FIRST = ("flash4",)
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, length: int) -> str:
@@ -39,7 +43,7 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, leng
         return wanted
     if device.type == "cpu":
         return _rows_backend("cpu", length)
-    return next((name for name in FLASH if not _missing(name, device, dtype)), "sdpa")
+    return next((name for name in FLASH if not _missing(name, device, dtype, warn=True)), "sdpa")
 
 
 def attention(
@@ -72,8 +76,8 @@ def _rows_backend(device_type: str, length: int) -> str:
     return "plain" if device_type == "cpu" and length <= PLAIN_LENGTH else "sdpa"
 
 
-def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a backend cannot be used, or "" after loading it."""
+def _missing(name: str, device: torch.device, dtype: torch.dtype, warn: bool = False) -> str:
+    """Why a backend cannot be used, or "" after loading it. `warn` of one that is installed and fails its trial."""
     if device.type != "cuda":
         return f"needs a CUDA device, this is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -83,7 +87,12 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"is for compute capability 8.x and 9.x, this device has {major}.x"
     if name not in LOADED:
         try:
-            LOADED[name] = FLASH[name]()
+            loaded = FLASH[name]()
         except Exception as error:  # whatever importing somebody's build raises
             return f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        if name in TRIED_FIRST and (failed := trial.failure(name, device, dtype)):
+            if warn:
+                warnings.warn(f"pgolf: {name} is installed and not used: {failed}", stacklevel=3)
+            return failed
+        LOADED[name] = loaded
     return ""

@@ -70,18 +70,18 @@ def load_flash4() -> Packed:
 
 
 def load_varlen() -> Packed:
-    """torch's own, since 2.10. Its way of asking for a causal mask and for grouped heads differs by version."""
+    """torch's own, since 2.10. Its way of asking for a causal mask and for grouped heads differs by version.
+
+    Versions without `enable_gqa` take fewer heads of k and v all the same: nothing of theirs counts heads, and
+    FlashAttention 2 underneath divides the queries' heads among them. So nothing is expanded.
+    """
     function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     known = inspect.signature(function).parameters
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        options = causal
-        if k.size(1) != q.size(1):
-            if "enable_gqa" in known:
-                options = {**causal, "enable_gqa": True}
-            else:
-                k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        grouped = k.size(1) != q.size(1)
+        options = {**causal, "enable_gqa": True} if grouped and "enable_gqa" in known else causal
         return _first(function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options))
 
     return attend

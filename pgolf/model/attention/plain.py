@@ -5,6 +5,7 @@ cores, forward and backward took 25 ms, sdpa 60 ms. They hold the scores in memo
 `PLAIN_LENGTH` to sdpa.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -50,9 +51,26 @@ def by_rows(
         lengths = cu_seqlens.diff()
         cu_seqlens = F.pad(lengths[lengths > 0].cumsum(0), (1, 0))
         max_seqlen = int(lengths.max())
+    elif not torch.compiler.is_compiling() and (line := padding(cu_seqlens.numel() - 1, max_seqlen, tokens)):
+        warnings.warn(f"pgolf: {line}", stacklevel=3)
     starts = cu_seqlens[:-1].long()
     index = (starts.unsqueeze(1) + torch.arange(max_seqlen, device=q.device)).clamp_(max=tokens - 1)
     y = attend(q[0][index], k[0][index], v[0][index])  # (documents, max_seqlen, heads, head_dim)
     token = torch.arange(tokens, device=q.device)
     document = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
     return y[document, token - starts[document]].unsqueeze(0)
+
+
+def padding(documents: int, longest: int, tokens: int) -> str:
+    """What it costs to lay `documents` (borders that cut off nothing count too) of `tokens` tokens in all out as rows
+    of `longest`, in one line; "" where it is little.
+
+    Known from shapes alone: nothing waits for the device, and a compiled step, which cannot warn, can be asked before.
+    """
+    padded = documents * longest
+    if padded < 1.5 * tokens:
+        return ""
+    return (
+        f"attention by sdpa pads packed documents to rows of {longest} tokens: {padded:,} tokens for {tokens:,} "
+        f"({padded / tokens:.1f} times); ATTENTION=varlen (torch>=2.10, DTYPE=bfloat16) or flash3 pads nothing"
+    )
