@@ -2,8 +2,10 @@
 
 Only the inputs are kept for the backward pass, and of them only the tokens grow with the batch.
 Cost for X bytes of results: X and the table forward. The backward pass reads the table and the results' gradient and
-writes the gradient of each token's row, 2 X, which torch's embedding_dense_backward adds up by row of the table, X and
-the table. Adding up in the kernel would save 2 X, but with atomics, so that no two runs have the same bits.
+writes the gradient of each token's row, 2 X, which are then added up by row of the table, X and the table. Adding up
+in the kernel would save 2 X, but with atomics, so that no two runs have the same bits. For that reason the sum is an
+operation of its own: of torch's embedding_dense_backward alone, which sorts the tokens and then adds in one order,
+torch.compile makes float32 atomics on a GPU. So it does in a compiled model whose embedding is not fused.
 """
 
 import torch
@@ -130,6 +132,16 @@ def _(tokens, table, weight, strength, starts, grad, backend):
     return grad.new_empty(grad.shape), weight.new_empty(weight.shape), strength.new_empty(strength.shape)
 
 
+@torch.library.custom_op("pgolf::embedding_gradient", mutates_args=())
+def _summed_by_token(drows: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:  # (rows, length, D), (rows, length)
+    return torch.ops.aten.embedding_dense_backward(drows, tokens, vocabulary, -1, False)
+
+
+@_summed_by_token.register_fake
+def _(drows, tokens, vocabulary):
+    return drows.new_empty((vocabulary, drows.shape[-1]))
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
@@ -140,7 +152,7 @@ def _backward(ctx, grad: Tensor):
     drows, dweight, dstrength = _gradients(tokens, table, weight, strength, starts, grad, ctx.backend)
     dtable = None
     if ctx.needs_input_grad[1]:
-        dtable = torch.ops.aten.embedding_dense_backward(drows, tokens, table.shape[0], -1, False)
+        dtable = _summed_by_token(drows, tokens, table.shape[0])
     return None, dtable, dweight, dstrength, None, None
 
 

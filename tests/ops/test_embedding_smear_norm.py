@@ -80,6 +80,33 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.pgolf.embedding_smear_norm.default, (*tensors, "reference"))
     tensors = [*(t.detach() for t in tensors), torch.randn(*tokens.shape, table.shape[1])]
     torch.library.opcheck(torch.ops.pgolf.embedding_smear_norm_backward.default, (*tensors, "reference"))
+    torch.library.opcheck(torch.ops.pgolf.embedding_gradient.default, (tensors[-1], tokens, table.shape[0]))
+
+
+def test_compiled_the_table_gradient_stays_in_one_order():
+    """torch.compile makes additions in any order, atomics on a GPU, of torch's own sum, and none of ours."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    table, tokens, gate, starts = CASES["embedding"].make(torch.float32, "cpu", 6)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
+    called = []
+    for embed in (ops.embedding_smear_norm, embedding_smear_norm_reference):
+        torch.compiler.reset()
+        compiled = torch.compile(embed, fullgraph=True, backend=backend)
+        compiled(tokens, table, gate[None, :-1], gate[-1:], starts).sum().backward()
+        called.append({str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"})
+    ours, plain = called
+    assert "pgolf.embedding_gradient.default" in ours
+    assert not any("index_put" in name or "scatter" in name for name in ours)
+    assert any("index_put" in name for name in plain)
 
 
 def test_no_embedding_is_kept():
