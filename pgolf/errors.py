@@ -5,8 +5,10 @@ so whatever prints one sends it through `one_line`.
 """
 
 import contextlib
+import importlib
 import signal
 import sys
+from typing import Any
 
 MOST_LETTERS = 300  # of a message
 NO_MEMORY = ("OutOfMemoryError", "not enough memory", "can't allocate memory", "can't start new thread")
@@ -45,6 +47,22 @@ class ArtifactError(PgolfError, ValueError):
 
 class NotInstalledError(UserError, ImportError):
     """A part of pgolf that is not built, or built from other sources; the message names the command that mends it."""
+
+
+def imported(name: str, what: str) -> Any:
+    """The module `name`, imported where `what` needs it, so that all else runs without; else `NotInstalledError`."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise not_installed(error.name or name, what) from None
+
+
+def not_installed(name: str, what: str) -> NotInstalledError:
+    """Of a module whose distribution has the same name."""
+    name = name.partition(".")[0]
+    return NotInstalledError(
+        f"{what} needs {name}, which is not installed for {sys.executable}; run: pip install {name}"
+    )
 
 
 def out_of_memory(error: BaseException | None) -> str:

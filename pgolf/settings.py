@@ -11,12 +11,15 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-
 from pgolf import setting_rules
 from pgolf.community_names import in_our_names, same_meaning, tell
-from pgolf.errors import UserError, one_line
+from pgolf.errors import UserError, not_installed, one_line
 from pgolf.presets import FINEWEB, FINEWEB_TOKENIZER, PRESETS, default_preset
+
+try:
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+except ModuleNotFoundError as error:
+    raise not_installed(error.name or "pydantic", "pgolf.settings") from None
 
 MOST_LAYERS = setting_rules.MOST_LAYERS
 MOST_WIDTH = 1 << 14  # of a layer, a head's queries or an embedding

@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import brotli
 from torch import Tensor
 
 from pgolf.artifact import streams
@@ -45,7 +44,7 @@ from pgolf.artifact.manifest import (
     streams_of,
 )
 from pgolf.artifact.stored_tensor import StoredTensor, check_tensor
-from pgolf.errors import ArtifactError
+from pgolf.errors import ArtifactError, imported
 from pgolf.runtime.files import replacing
 from pgolf.runtime.host import cores
 
@@ -330,10 +329,12 @@ def _manifest_text(entries: list[Entry], metadata: dict[str, Any]) -> bytes:
 
 
 def _compress(text: bytes) -> bytes:
-    return brotli.compress(text, quality=11, lgwin=18)  # a window of MANIFEST_LIMIT_BYTES
+    brotli = imported("brotli", "the artifact's manifest")
+    return bytes(brotli.compress(text, quality=11, lgwin=18))  # a window of MANIFEST_LIMIT_BYTES
 
 
 def _decompress(data: memoryview, length: int) -> bytes:
+    brotli = imported("brotli", "the artifact's manifest")
     decoder = brotli.Decompressor()
     try:
         text: bytes = decoder.process(data, output_buffer_limit=length + 1)  # a byte of room, to see the end

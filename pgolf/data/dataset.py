@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import brotli
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from pgolf.data.prefetch import Loader, Prefetcher
 from pgolf.data.prepare import prepare_demo, prepared_facts
 from pgolf.data.shards import find_shards, find_sidecars, read_shard
 from pgolf.data.tokenizer import Tokenizer
-from pgolf.errors import DataError
+from pgolf.errors import DataError, imported
 from pgolf.presets import DEMO_DATA_PATH, DEMO_TOKENIZER_PATH, how_to_get
 from pgolf.runtime.ranks import Ranks
 from pgolf.settings import Settings
@@ -125,5 +124,6 @@ def compressors_bpb(dataset: Dataset, alive: Callable[[], Any] = lambda: None) -
     part = "" if len(tokens) == len(dataset.val_tokens) else f" (first {len(text)} bytes)"
     sizes = {"xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
     alive()
+    brotli = imported("brotli", "the comparison with brotli")
     sizes["brotli -11"] = len(brotli.compress(text, quality=11, lgwin=24))
     return {name + part: 8 * size / len(text) for name, size in sizes.items()}

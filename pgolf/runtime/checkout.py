@@ -21,7 +21,7 @@ from pgolf.runtime import sources
 
 KERNELS, NATIVE = "pgolf.triton_kernels", "pgolf._native"
 # What train_gpt.py cannot begin without, by the names that are imported; `pgolf doctor` looks at the rest.
-REQUIRED = ("torch", "numpy", "pydantic", "sentencepiece", "brotli", "tqdm")
+REQUIRED = ("torch", "numpy", "pydantic", "sentencepiece", "brotli")
 
 
 def complete() -> None:

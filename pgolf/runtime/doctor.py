@@ -26,6 +26,7 @@ WHAT_STOPS = {
     "zstandard": "`pgolf artifact compare` cannot be used",
     "brotli": "artifacts can be neither written nor read",
     "xz": "a run stops where it compares itself with xz",
+    "tqdm": "no bar shows how far long work is",
     "matplotlib": "a run ends without its report",
     "jinja2": "a run ends without its report",
 }

@@ -1,11 +1,10 @@
-"""Progress on long work: a bar when a person is watching, plain lines when not."""
+"""Progress on long work: a bar when a person is watching and tqdm is there, plain lines when not."""
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
-
-from tqdm import tqdm
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
@@ -15,7 +14,9 @@ def progress(items: Iterable[T], description: str, total: int | None = None, uni
     """Iterate over `items`, showing how far it got on standard error."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+        from tqdm import tqdm  # here: a run that nobody watches does without
+
         yield from tqdm(items, desc=description, total=total, unit=unit, leave=False)
         return
     last_line = time.monotonic()
