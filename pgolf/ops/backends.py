@@ -26,6 +26,7 @@ from types import ModuleType
 import torch
 
 from pgolf.errors import PgolfError, UserError, one_line
+from pgolf.ops import compiler_messages
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -123,6 +124,7 @@ def choose(op: str, device_type: str, no_kernel_for: str = "") -> str:
 
 def _choose(op: str, device_type: str, forced: str | None, no_kernel_for: str) -> str:
     # Under torch.compile this runs once, at trace time: the book-keeping below is not part of any graph.
+    compiler_messages.shorten()
     forced = forced or _forced_by_environment()
     if forced is not None:
         found = _availability(op, forced, device_type)
