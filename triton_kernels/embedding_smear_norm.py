@@ -64,11 +64,12 @@ def embedding_smear_norm_kernel(
     eps,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of 2, at least columns
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
     w = load_wide(weight_ptr, column, column < window)
     strength = tl.load(strength_ptr).to(tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         _, _, _, _, s = smear_rows(
             tokens_ptr, table_ptr, starts_ptr, w, strength, row, column, rows, columns, vocabulary, length, starts_count
@@ -96,13 +97,14 @@ def embedding_smear_norm_backward_kernel(
     eps,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
     w = load_wide(weight_ptr, column, column < window)
     strength = tl.load(strength_ptr).to(tl.float32)
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     dstrength = tl.zeros((ROWS, 1), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         _, _, smears, sigmoid, s = smear_rows(
             tokens_ptr, table_ptr, starts_ptr, w, strength, row + 1, column,
@@ -182,7 +184,7 @@ def _sizes(tokens: Tensor, table: Tensor, weight: Tensor) -> tuple[int, int, int
 
 
 def _constexprs(columns: int, config: RowLaunch) -> dict[str, int]:
-    return {"ROWS": config.rows(columns), "COLUMNS": triton.next_power_of_2(columns)}
+    return {"ROWS": config.rows(columns), "COLUMNS": triton.next_power_of_2(columns), "STAGES": config.stages}
 
 
 def _options(x: Tensor) -> dict[str, int | bool]:

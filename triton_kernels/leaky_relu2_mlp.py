@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pgolf.triton_kernels.variants import Variant, architecture
+from pgolf.triton_kernels.variants import Variant, architecture, programs
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Launch:
     num_warps: int
     up_stages: int
     gradient_stages: int  # the tile of hidden takes a stage's memory
+    resident: int = 1  # programs of a multiprocessor: with two, one's epilogue runs under the other's products
 
 
 # By architecture and bytes an element. float32 is computed without the tensor cores, in small tiles.
@@ -206,9 +207,7 @@ def _config(tensor: Tensor) -> Launch:
 
 def _grid(config: Launch, out: Tensor) -> tuple[int]:
     tiles = triton.cdiv(out.shape[0], config.block_m) * triton.cdiv(out.shape[1], config.block_n)
-    if out.device.type != "cuda":
-        return (min(tiles, 3),)
-    return (min(tiles, torch.cuda.get_device_properties(out.device).multi_processor_count),)
+    return (programs(out.device, tiles, config.resident),)
 
 
 def _constants(config: Launch, dtype: torch.dtype, slope: float) -> dict:
@@ -264,7 +263,7 @@ def _variant(name: str, tokens: int, size: int, hidden_size: int, slope: float, 
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.up_stages if up else config.gradient_stages,
-        programs=132,
+        programs=132 * config.resident,
         bytes_moved=dtype.itemsize * elements,
         flops=2 * tokens * size * hidden_size,
         aligned=("tokens", "hidden_size", "size"),

@@ -23,8 +23,9 @@ from pgolf.triton_kernels.row_launches import RowLaunch, launch_on, row_grid, ro
 from pgolf.triton_kernels.variants import Variant, signature
 
 LARGEST_HEAD, MOST_HEADS = 256, 128
-LAUNCHES = {90: RowLaunch(tile=2048, num_warps=4, resident=(8, 5))}
-SAFE_LAUNCH = RowLaunch(tile=2048, num_warps=4, resident=(4, 4))
+# Resident: of the two kernels here, and of that in qkv_norm_rope.py.
+LAUNCHES = {90: RowLaunch(tile=2048, num_warps=4, resident=(8, 5, 4))}
+SAFE_LAUNCH = RowLaunch(tile=2048, num_warps=4, resident=(4, 4, 4))
 
 
 @triton.jit
@@ -62,10 +63,13 @@ def forward_heads(
     x_ptr, out_ptr, cos_ptr, sin_ptr, gain_ptr, tokens, table_rows, eps,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GAIN: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = 2 * HALF + REST
     pair = tl.arange(0, HALF)[None, :]
-    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0)):
+    for block in tl.range(
+        tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0), num_stages=STAGES
+    ):
         first, token, head, there = rows_of_block(block, tokens, HEADS, HEADS_PADDED, ROWS)
         x_block_ptr = x_ptr + first.to(tl.int64) * STRIDE
         out_block_ptr = out_ptr + first.to(tl.int64) * (HEADS * DIM)
@@ -89,11 +93,14 @@ def backward_heads(
     x_ptr, grad_ptr, dx_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
     STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GAIN: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = 2 * HALF + REST
     pair = tl.arange(0, HALF)[None, :]
     dgain = tl.zeros((ROWS, 1), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0)):
+    for block in tl.range(
+        tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0), num_stages=STAGES
+    ):
         first, token, head, there = rows_of_block(block, tokens, HEADS, HEADS_PADDED, ROWS)
         x_block_ptr = x_ptr + first.to(tl.int64) * STRIDE
         dx_block_ptr = dx_ptr + first.to(tl.int64) * DX_STRIDE
@@ -147,14 +154,15 @@ def qk_norm_rope_kernel(
     REST: tl.constexpr,
     REST_PADDED: tl.constexpr,
     ROWS: tl.constexpr,  # a multiple of both padded numbers of heads
+    STAGES: tl.constexpr,
 ):
     forward_heads(
         q_ptr, q_out_ptr, cos_ptr, sin_ptr, gain_ptr, tokens, table_rows, eps,
-        Q_STRIDE, HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS,
+        Q_STRIDE, HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS, STAGES,
     )  # fmt: skip
     forward_heads(
         k_ptr, k_out_ptr, cos_ptr, sin_ptr, gain_ptr, tokens, table_rows, eps,
-        K_STRIDE, KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS,
+        K_STRIDE, KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS, STAGES,
     )  # fmt: skip
 
 
@@ -183,14 +191,15 @@ def qk_norm_rope_backward_kernel(
     REST: tl.constexpr,
     REST_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     backward_heads(
         q_ptr, q_grad_ptr, dq_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
-        Q_STRIDE, HEADS * (2 * HALF + REST), HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS,
+        Q_STRIDE, HEADS * (2 * HALF + REST), HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS, STAGES,
     )  # fmt: skip
     backward_heads(
         k_ptr, k_grad_ptr, dk_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
-        K_STRIDE, KV_HEADS * (2 * HALF + REST), KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS,
+        K_STRIDE, KV_HEADS * (2 * HALF + REST), KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS, STAGES,
     )  # fmt: skip
 
 
@@ -255,6 +264,7 @@ def head_sizes(heads: int, kv_heads: int, head_dim: int, half: int, config: RowL
         "REST": rest,
         "REST_PADDED": triton.next_power_of_2(max(rest, 1)),
         "ROWS": max(config.rows(head_dim), padded, kv_padded),
+        "STAGES": config.stages,
     }
 
 

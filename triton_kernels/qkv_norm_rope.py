@@ -24,18 +24,21 @@ from pgolf.triton_kernels.qk_norm_rope import (
 from pgolf.triton_kernels.row_launches import RowLaunch, launch_on, row_grid, row_grid_on_hopper
 from pgolf.triton_kernels.variants import Variant, signature
 
-RESIDENT = 4  # programs that a multiprocessor of Hopper holds at 101 registers
+JOINED = 2  # of RowLaunch.resident, behind the two kernels of qk_norm_rope.py
 
 
 @triton.jit
 def add_heads(
     first_ptr, second_ptr, out_ptr, tokens,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    BOTH: tl.constexpr,
 ):  # fmt: skip
     """first, or with BOTH first + second, [tokens, HEADS, DIM], into rows of STRIDE; zeros from DIM to WIDTH."""
     column = tl.arange(0, WIDTH_PADDED)[None, :]
-    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0)):
+    for block in tl.range(
+        tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PADDED), tl.num_programs(0), num_stages=STAGES
+    ):
         first, token, head, there = rows_of_block(block, tokens, HEADS, HEADS_PADDED, ROWS)
         block_at = first.to(tl.int64) * (HEADS * DIM)
         at = token * (HEADS * DIM) + head * DIM + column
@@ -79,6 +82,7 @@ def qkv_norm_rope_backward_kernel(
     REST: tl.constexpr,
     REST_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     DIM: tl.constexpr = 2 * HALF + REST
     K: tl.constexpr = HEADS * DIM
@@ -86,20 +90,20 @@ def qkv_norm_rope_backward_kernel(
     LAST: tl.constexpr = V + KV_HEADS * DIM
     backward_heads(
         q_ptr, q_grad_ptr, gradient_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
-        Q_STRIDE, COLUMNS, HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS,
+        Q_STRIDE, COLUMNS, HEADS, HEADS_PADDED, True, HALF, REST, REST_PADDED, ROWS, STAGES,
     )  # fmt: skip
     backward_heads(
         k_ptr, k_grad_ptr, gradient_ptr + K, cos_ptr, sin_ptr, gain_ptr, partial_ptr, tokens, table_rows, eps,
-        K_STRIDE, COLUMNS, KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS,
+        K_STRIDE, COLUMNS, KV_HEADS, KV_HEADS_PADDED, False, HALF, REST, REST_PADDED, ROWS, STAGES,
     )  # fmt: skip
     add_heads(
         v_grad_ptr, v_grad_again_ptr, gradient_ptr + V, tokens,
-        COLUMNS, KV_HEADS, KV_HEADS_PADDED, DIM, DIM, DIM_PADDED, ROWS, READERS == 2,
+        COLUMNS, KV_HEADS, KV_HEADS_PADDED, DIM, DIM, DIM_PADDED, ROWS, STAGES, READERS == 2,
     )  # fmt: skip
     if COLUMNS > LAST:
         add_heads(
             extra_grad_ptr, extra_grad_ptr, gradient_ptr + LAST, tokens,
-            COLUMNS, 1, 1, EXTRA, COLUMNS - LAST, LAST_PADDED, LAST_ROWS, False,
+            COLUMNS, 1, 1, EXTRA, COLUMNS - LAST, LAST_PADDED, LAST_ROWS, STAGES, False,
         )  # fmt: skip
 
 
@@ -124,7 +128,7 @@ def launch_backward(
     strides = {"Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0)}
     normed = head_sizes(heads, kv_heads, head_dim, cos.shape[1], config)
     sizes = {**strides, **normed, **_column_sizes(columns, extra_grad.shape[1], readers, normed, config)}
-    grid = row_grid(q.device, tokens * sizes["HEADS_PADDED"], sizes["ROWS"], RESIDENT)
+    grid = row_grid(q.device, tokens * sizes["HEADS_PADDED"], sizes["ROWS"], config.resident[JOINED])
     gradient = q.new_empty(tokens, columns)
     partial = q.new_empty((grid[0], sizes["ROWS"]), dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -155,7 +159,7 @@ def _variant(half: int, readers: int, unused: int, extra: int, tokens: int = 983
     sizes = head_sizes(heads, kv_heads, head_dim, half, config)
     constexprs = {"Q_STRIDE": columns, "K_STRIDE": columns, **sizes}
     constexprs |= _column_sizes(columns, extra, readers, sizes, config)
-    grid = row_grid_on_hopper(tokens * heads, constexprs["ROWS"], RESIDENT)
+    grid = row_grid_on_hopper(tokens * heads, constexprs["ROWS"], config.resident[JOINED])
     normed, values = tokens * (heads + kv_heads) * head_dim, tokens * kv_heads * head_dim
     moved = 3 * normed + (readers + 1) * values + tokens * (2 * extra + unused) + 2 * tokens * half
     sums = 2 * 4 * grid * constexprs["ROWS"]  # written, and read by the sum

@@ -49,6 +49,7 @@ def residual_rms_norm_kernel(
     KEEP_SUM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of 2, at least columns
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
     if STREAMS > 0:
@@ -58,7 +59,7 @@ def residual_rms_norm_kernel(
         w2 = load_wide(weights_ptr + 2 * columns, column, column < columns)
     if STREAMS > 2:
         w3 = load_wide(weights_ptr + 3 * columns, column, column < columns)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at = row.to(tl.int64) * columns + column
         inside = (row < rows) & (column < columns)
@@ -104,6 +105,7 @@ def residual_rms_norm_backward_kernel(
     GRAD_MIXED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
     if STREAMS > 0:
@@ -117,7 +119,7 @@ def residual_rms_norm_backward_kernel(
     if STREAMS > 2:
         w3 = load_wide(weights_ptr + 3 * columns, column, column < columns)
         dw3 = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at = row.to(tl.int64) * columns + column
         inside = (row < rows) & (column < columns)
@@ -254,6 +256,7 @@ def _flags(branch: bool, streams: int, columns: int, config: RowLaunch) -> dict[
         "STREAMS": streams,
         "ROWS": config.rows(columns),
         "COLUMNS": triton.next_power_of_2(columns),
+        "STAGES": config.stages,
         "num_warps": config.num_warps,
     }
 

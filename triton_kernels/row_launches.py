@@ -17,6 +17,7 @@ class RowLaunch:
     # Programs that a multiprocessor holds at once, of the forward kernel and of each backward kernel. Where there are
     # any, a program goes over many blocks, so that few partial sums are left to add up; else each block has its own.
     resident: tuple[int, ...] = ()
+    stages: int = 1  # blocks in flight in each such program: that many less one are loaded ahead, to shared memory
 
     def rows(self, width: int) -> int:
         """Rows of a block, each padded to a power of 2."""

@@ -96,6 +96,7 @@ def two_lane_rms_norm_kernel(
     SKIP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of 2, at least columns
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
     k0, k1, p00, p01, p10, p11 = load_scalars(keep_ptr, post_ptr)
@@ -104,7 +105,7 @@ def two_lane_rms_norm_kernel(
     if SKIP:
         s0 = load_wide(skip_weights_ptr, column, column < columns)
         s1 = load_wide(skip_weights_ptr + columns, column, column < columns)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at = row.to(tl.int64) * columns + column
         inside = (row < rows) & (column < columns)
@@ -152,6 +153,7 @@ def two_lane_rms_norm_backward_kernel(
     SKIP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
     k0, k1, p00, p01, p10, p11 = load_scalars(keep_ptr, post_ptr)
@@ -172,7 +174,7 @@ def two_lane_rms_norm_backward_kernel(
     if BRANCHES > 1:
         dp10 = dm0
         dp11 = dm0
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at = row.to(tl.int64) * columns + column
         inside = (row < rows) & (column < columns)
@@ -309,6 +311,7 @@ def _flags(lanes: int, branches: int, skip: bool, columns: int, config: RowLaunc
         "SKIP": skip,
         "ROWS": config.rows(columns),
         "COLUMNS": triton.next_power_of_2(columns),
+        "STAGES": config.stages,
         "num_warps": config.num_warps,
     }
 
