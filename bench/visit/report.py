@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.visit import facts
-from bench.visit.predictions import predictions
+from bench.visit.predictions import measured, predictions
 
 OFF = 1.3  # a figure that misses its prediction by more is marked
 COPY, SQUARE = "ceilings/copy", "ceilings/product 8192"
@@ -26,7 +26,6 @@ def collect(folders: list[Path]) -> dict[str, Any]:
             f"{', '.join(map(str, folders))}: no fact tells the device; the part `machine` was not reached"
         )
     begun = [fact for fact in found if fact["fact"] == "begun"]
-    measured = figures(found)
     return {
         "device": device["name"],
         **{name: device[name] for name in ("slug", "kind", "detail", "cores", "date", "versions")},
@@ -38,7 +37,7 @@ def collect(folders: list[Path]) -> dict[str, Any]:
             "seconds": [fact["seconds"] for fact in begun],
             "parts": parts(found),
             "tests": tests(found),
-            "figures": measured,
+            "figures": figures(found),
             "errors": errors(found),
             "sweeps": [_without(fact, "second") for fact in found if fact["fact"].startswith("best")],
         },
@@ -51,19 +50,8 @@ def last(found: list[dict], name: str) -> dict | None:
 
 
 def figures(found: list[dict]) -> dict[str, float]:
-    """Milliseconds by id."""
-    answer: dict[str, float] = {}
-    for fact in found:
-        kind, _, name = fact["part"].partition(" ")
-        if kind == "ceilings" and "ms" in fact:
-            answer[f"ceilings/{fact['fact']}"] = fact["ms"]
-        elif kind == "step" and fact["fact"] == "step":
-            answer[f"step/{name}"] = fact["ms"]
-        elif kind == "step" and fact["fact"] == "profile":
-            answer |= {f"step/{name}/{part}": row["ms"] for part, row in fact["classes"].items()}
-        elif fact["fact"] == "row":
-            answer[f"operations/{fact['operation']}/{fact['case']}"] = fact["median_ms"]
-    return answer
+    """Milliseconds by id, the last of each."""
+    return {name: ms for fact in found for name, ms in measured(fact).items()}
 
 
 def ceilings(found: list[dict]) -> dict[str, float]:
@@ -134,19 +122,19 @@ def page(visit: dict[str, Any]) -> list[str]:
     return lines
 
 
-def figure_table(measured: dict[str, float]) -> list[str]:
+def figure_table(found: dict[str, float]) -> list[str]:
     """Milliseconds of every prediction and every figure; those that were not reached say so."""
     expected = predictions()
     lines = ["| figure | predicted ms | measured ms | measured / predicted | reasoning |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys([*expected, *measured]):
+    for name in dict.fromkeys([*expected, *found]):
         ms, why = expected.get(name, (None, ""))
-        found = measured.get(name)
-        ratio = found / ms if found is not None and ms else None
+        took = found.get(name)
+        ratio = took / ms if took is not None and ms else None
         mark = "**" if ratio is not None and not 1 / OFF <= ratio <= OFF else ""
         cells = (
             name,
             "" if ms is None else f"{ms:.4g}",
-            "not reached" if found is None else f"{found:.4g}",
+            "not reached" if took is None else f"{took:.4g}",
             "" if ratio is None else f"{mark}{ratio:.2f}{mark}",
             why,
         )
