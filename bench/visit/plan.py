@@ -107,20 +107,24 @@ def operations(cuda: bool) -> Iterable[Part]:
 
 
 def chosen(parts: list[Part], names: list[str], states: dict[str, str]) -> list[Part]:
-    """Those that `names` begin or, with "failed", whose last state in `states` is not "ok".
+    """Those that `names` name, by the beginning of their name but for those that are asked for by the whole; and with
+    "failed" those whose last state in `states` is not "ok".
 
-    ValueError where a name begins none.
+    ValueError for a name of no part.
     """
     if not names:
         return [part for part in parts if not part.asked_for]
+
+    def named(part: Part, name: str) -> bool:
+        return name == part.name or (part.name.startswith(name) and not part.asked_for)
+
     for name in names:
-        if name != "failed" and not any(part.name.startswith(name) for part in parts):
-            known = sorted({part.kind for part in parts})
-            raise ValueError(
-                f"--parts: {name!r} begins no part; accepted are failed, {', '.join(known)}, or a whole name"
-            )
+        if name != "failed" and not any(named(part, name) for part in parts):
+            kinds = sorted({part.kind for part in parts})
+            known = ", ".join(["failed", *kinds, *(part.name for part in parts if part.asked_for)])
+            raise ValueError(f"--parts: {name!r} begins no part; accepted are beginnings of names: {known}")
     failed = {name for name, state in states.items() if state != "ok"} if "failed" in names else set()
-    return [part for part in parts if part.name in failed or any(part.name.startswith(name) for name in names)]
+    return [part for part in parts if part.name in failed or any(named(part, name) for name in names)]
 
 
 def has_cuda() -> bool:
