@@ -143,7 +143,7 @@ def test_parts_are_chosen_by_the_beginning_of_their_names_and_by_how_they_ended(
     ]
     states = {"ceilings": "ok", "correctness exact": "timed out", "sweeps mlp": "not reached"}
     assert [part.name for part in plan.chosen(parts, ["failed"], states)] == ["correctness exact", "sweeps mlp"]
-    with pytest.raises(ValueError, match="'stpe' begins no part; accepted are .*: failed, ceilings, correctness"):
+    with pytest.raises(ValueError, match=r"'stpe' begins no part; accepted are .*: failed, ceilings, correctness"):
         plan.chosen(parts, ["stpe"], {})
 
 
