@@ -19,6 +19,7 @@ operation that Inductor calls: all its tensor arguments and results, each once, 
 """
 
 import contextlib
+import functools
 import gc
 import math
 import re
@@ -26,7 +27,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -72,6 +73,15 @@ class Kernel:
         return self.bytes_read + self.bytes_written
 
 
+class Graph(NamedTuple):
+    """What Inductor is given of a compilation."""
+
+    module: torch.fx.GraphModule
+    inputs: list
+    backward: bool
+    inference: bool = False
+
+
 def compiled_kernels(
     config: ModelConfig, looping: bool, tokens: int, length: int, packed: bool, fused: frozenset[str] = frozenset()
 ) -> list[Kernel]:
@@ -80,14 +90,16 @@ def compiled_kernels(
     `packed`: one row with borders every `length` tokens, as a loader of documents gives it. `fused`: the execution's.
     """
     kernels = []
-    with _without_garbage_collection():
-        for graph, inputs, backward in _trace(config, looping, tokens, length, packed, fused):
-            kernels += _schedule(graph, inputs, backward)
+    with without_garbage_collection():
+        for graph in trace(config, looping, tokens, length, packed, fused):
+            with scheduled(graph) as lowering:
+                found = (_kernel(node, lowering, graph.backward) for node in lowering.scheduler.nodes)
+                kernels += list(filter(None, found))
     return kernels
 
 
 @contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """A sixth of the time of a trace; it needs 0.7 GB either way."""
     enabled = gc.isenabled()
     gc.disable()
@@ -132,17 +144,31 @@ def _differentiate(ctx, grad, _):
 _attention.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _trace(
+def trace(
     config: ModelConfig, looping: bool, tokens: int, length: int, packed: bool, fused: frozenset[str]
-) -> list[tuple[torch.fx.GraphModule, list, bool]]:
-    """(graph, example inputs, whether it is the backward's) of the two graphs that Inductor would lower."""
-    from torch._inductor.compile_fx import compile_fx
+) -> list[Graph]:
+    """The graphs of the forward and the backward pass that Inductor would lower; as `compiled_kernels` otherwise."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    graphs: list[tuple[torch.fx.GraphModule, list, bool]] = []
+    rows = 1 if packed else tokens // length
+    with FakeTensorMode(), _as_on_cuda(), graphs_of_compilations() as graphs:
+        model = Model(config, Execution(torch.bfloat16, "flash3", fused))
+        model.enter(looping=looping)
+        batch = torch.zeros(rows, tokens // rows, dtype=torch.int64)
+        borders = (torch.zeros(tokens // length + 1, dtype=torch.int32), length) if packed else (None, 0)
+        torch.compile(model.loss, fullgraph=True, dynamic=False)(batch, batch, "mean", *borders)
+    return graphs
 
-    def keep(graph: torch.fx.GraphModule, inputs: list, is_backward: bool = False, **_: Any) -> Callable:
-        graphs.append((graph, inputs, is_backward))
+
+@contextlib.contextmanager
+def graphs_of_compilations() -> Iterator[list[Graph]]:
+    """While the block runs, torch.compile gives functions that return what is computed in vain, and the list fills."""
+    from torch._inductor.compile_fx import compile_fx
+
+    graphs: list[Graph] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list, is_backward: bool = False, **more: Any) -> Callable:
+        graphs.append(Graph(graph, inputs, is_backward, more.get("is_inference", False)))
         (results,) = graph.graph.output_node().args
         made = [value.meta["val"] if isinstance(value, torch.fx.Node) else None for value in results]
 
@@ -152,20 +178,17 @@ def _trace(
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    rows = 1 if packed else tokens // length
-    with FakeTensorMode(), _as_on_cuda():
-        model = Model(config, Execution(torch.bfloat16, "flash3", fused))
-        model.enter(looping=looping)
-        batch = torch.zeros(rows, tokens // rows, dtype=torch.int64)
-        borders = (torch.zeros(tokens // length + 1, dtype=torch.int32), length) if packed else (None, 0)
-        compiled = torch.compile(
-            model.loss,
-            backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=keep),
-            fullgraph=True,
-            dynamic=False,
-        )
-        compiled(batch, batch, "mean", *borders)
-    return graphs
+    compiled = functools.partial(torch.compile, backend=functools.partial(compile_fx, inner_compile=keep))
+    with (
+        mock.patch.object(torch, "compile", compiled),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        torch._inductor.config.patch(fx_graph_cache=False),
+    ):
+        torch.compiler.reset()
+        try:
+            yield graphs
+        finally:
+            torch.compiler.reset()
 
 
 @contextlib.contextmanager
@@ -173,51 +196,52 @@ def _as_on_cuda() -> Iterator[None]:
     """FlashAttention and our Triton kernels are taken though no GPU is there."""
     with (
         mock.patch.dict(pgolf.model.attention.LOADED, flash3=lambda *arguments: _attention(*arguments)[0]),
-        mock.patch.object(backends, "_choose", _always_triton),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
-        torch._inductor.config.patch(fx_graph_cache=False),
+        mock.patch.object(backends, "_triton", return_value=backends.Availability(True)),
+        backends.backend("triton"),
     ):
-        torch.compiler.reset()
-        try:
-            yield
-        finally:
-            torch.compiler.reset()
+        yield
 
 
-def _always_triton(op: str, device_type: str, forced: str | None, *_: object) -> str:
-    return "triton"
-
-
-def _schedule(graph: torch.fx.GraphModule, inputs: list, backward: bool) -> list[Kernel]:
+@contextlib.contextmanager
+def scheduled(graph: Graph) -> Iterator[Any]:
+    """Inductor's lowering of a graph for CUDA, with its scheduler's nodes; while the block runs it may go on."""
     from torch._inductor import compile_fx
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for node in graph.graph.nodes:
+    module = graph.module
+    for node in module.graph.nodes:
         if node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": CUDA}
     with _an_h100():
         with FakeTensorMode():
-            inputs = [
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA) if isinstance(x, Tensor) else x
-                for x in inputs
-            ]
-        compile_fx.view_to_reshape(graph)
+            inputs = [_moved(x) if isinstance(x, Tensor) else x for x in graph.inputs]
+        compile_fx.view_to_reshape(module)
         with torch.no_grad():
-            mode = compile_fx.fake_tensor_prop(graph, inputs, True)
-        compile_fx._recursive_record_original_output_strides(graph)
+            mode = compile_fx.fake_tensor_prop(module, inputs, True)
+        compile_fx._recursive_record_original_output_strides(module)
         with V.set_fake_mode(mode):
-            compile_fx._recursive_post_grad_passes(graph, is_inference=False)
+            compile_fx._recursive_post_grad_passes(module, is_inference=graph.inference)
             lowering = GraphLowering(
-                graph, inputs, shape_env=compile_fx.shape_env_from_inputs(inputs), is_backward=backward
+                module,
+                inputs,
+                shape_env=compile_fx.shape_env_from_inputs(inputs),
+                is_backward=graph.backward,
+                is_inference=graph.inference,
             )
             with V.set_graph_handler(lowering), V.set_extern_kernel_nodes([]), V.set_debug_handler(DebugContext()):
                 lowering.run(*inputs)
                 lowering.init_wrapper_code()
                 lowering._update_scheduler()
-                return list(filter(None, (_kernel(node, lowering, backward) for node in lowering.scheduler.nodes)))
+                yield lowering
+
+
+def _moved(x: Tensor) -> Tensor:
+    """To the GPU, but for numbers of the host: a learning rate."""
+    device = x.device if x.dtype == torch.float64 and x.ndim == 0 else CUDA
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
 
 @contextlib.contextmanager
@@ -250,7 +274,7 @@ def _kernel(node: Any, lowering: Any, backward: bool) -> Kernel | None:
     parts = list(node.get_nodes())
     if isinstance(node, NopKernelSchedulerNode) or isinstance(parts[0].node, ir.MultiOutput):
         return None
-    sources = frozenset(_frames(origin) for part in parts if part.node is not None for origin in part.node.origins)
+    sources = frozenset(frames_of(origin) for part in parts if part.node is not None for origin in part.node.origins)
     if isinstance(node, ExternKernelSchedulerNode):
         return _call(node.node, node, sources, backward)
     read, written = _touched(parts, lowering)
@@ -363,7 +387,7 @@ def _bytes(x: Any) -> int:
     return math.prod(int(size) for size in x.get_size()) * x.get_dtype().itemsize
 
 
-def _frames(origin: torch.fx.Node) -> tuple[str, ...]:
+def frames_of(origin: torch.fx.Node) -> tuple[str, ...]:
     trace = origin.meta.get("stack_trace") or ""
     return tuple(":".join(found) for line in trace.splitlines() if "pgolf" in line and (found := _first(line)))
 

@@ -24,7 +24,7 @@ import importlib.util
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,10 +333,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def resolve(preset: str, tokens: int | None, gpus: int) -> tuple[Settings, int]:
+def resolve(preset: str, tokens: int | None, gpus: int, given: Mapping[str, str] | None = None) -> tuple[Settings, int]:
+    """The preset's settings, with others `given` by their upper-case names, and the tokens on each GPU."""
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: must be at least 1")
-    settings = load_settings({}, preset=preset, cuda=False)
+    settings = load_settings(given or {}, preset=preset, cuda=False)
     tokens = settings.train_batch_tokens // gpus if tokens is None else tokens
     if tokens < 1 or tokens % settings.train_seq_len:
         raise UserError(f"--tokens {tokens}: must be a multiple of TRAIN_SEQ_LEN={settings.train_seq_len} of {preset}")
