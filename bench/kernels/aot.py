@@ -105,6 +105,20 @@ def waiting_wgmma(ptx: str, architecture: int = 90) -> str:
     return "; ".join(line.partition(": ")[2].strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line))
 
 
+def local_memory(cubin: bytes) -> tuple[int, int, int]:
+    """(registers a thread, bytes of local memory a thread, instructions that use it): what `read_cubin` says of them.
+
+    A tenth of the time where no local memory is used, for then nothing is disassembled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _cuobjdump("-res-usage", path)
+        stack = _usage("STACK", usage)
+        used = _instructions(r"STL|LDL", _cuobjdump("-sass", path)) if stack else 0
+    return _usage("REG", usage), stack, used
+
+
 def _cuobjdump(option: str, path: Path) -> str:
     command = [str(CUOBJDUMP), option, str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

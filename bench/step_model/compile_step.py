@@ -137,7 +137,7 @@ def _configurations(text: str, name: str, every: bool) -> Iterable[Configuration
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime import triton_helpers
 
-    from bench.kernels.aot import read_cubin
+    from bench.kernels.aot import local_memory
 
     binaries = []
     compiles = triton.compile
@@ -155,14 +155,11 @@ def _configurations(text: str, name: str, every: bool) -> Iterable[Configuration
         for configuration in configurations if every else configurations[:1]:
             kernel._precompile_config(configuration)
             binary = binaries.pop()
-            found = read_cubin(binary.asm["cubin"], binary.metadata.num_warps, binary.metadata.shared)
             sizes = [f"{size} {value}" for size, value in configuration.kwargs.items()]
             yield Configuration(
                 ", ".join([*sizes, f"{configuration.num_warps} warps"]),
-                found.registers,
-                found.stack_bytes,
-                found.spill_instructions,
-                found.shared_bytes,
+                *local_memory(binary.asm["cubin"]),
+                binary.metadata.shared,
             )
 
 
