@@ -6,6 +6,7 @@ disassembler comes with the triton wheel. Works with no GPU and no driver; not u
 """
 
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -99,7 +100,7 @@ def waiting_wgmma(ptx: str, architecture: int = 90) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(architecture).path, "-v", "-lineinfo", f"--gpu-name=sm_{architecture}a"]
+        command = [_ptxas(architecture), "-v", "-lineinfo", f"--gpu-name=sm_{architecture}a"]
         command += [str(path), "-o", str(path.with_suffix(".cubin"))]
         log = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stderr
     return "; ".join(line.partition(": ")[2].strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line))
@@ -117,6 +118,12 @@ def local_memory(cubin: bytes) -> tuple[int, int, int]:
         stack = _usage("STACK", usage)
         used = _instructions(r"STL|LDL", _cuobjdump("-sass", path)) if stack else 0
     return _usage("REG", usage), stack, used
+
+
+def _ptxas(architecture: int) -> str:
+    """The assembler that Triton takes; Triton 3.5 has one for all GPUs."""
+    known = len(inspect.signature(get_ptxas).parameters)
+    return str(get_ptxas(*(architecture,)[:known]).path)
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -11,6 +11,7 @@ progress     a bar when a person is watching
 ranks        the processes of a run
 sources      where this installation keeps the sources
 torch_file   files of torch.save, read as data
+tried        the versions that the tests ran with
 utilisation  time, memory and share of its peak that training took of a device
 versions     which code and which libraries
 """

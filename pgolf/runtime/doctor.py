@@ -17,6 +17,7 @@ from typing import Any
 
 from pgolf.runtime.checkout import rebuild_command
 from pgolf.runtime.probes import PACKAGES, Facts, look
+from pgolf.runtime.tried import interpreter_fails, release, untried
 
 GIB = 2**30
 SMALLEST_DISK = GIB  # a run's checkpoint, data and logs
@@ -62,7 +63,7 @@ def diagnose(found: dict[str, Facts]) -> Iterator[Problem]:
         limits = f"pgolf is not installed for {sys.executable}: nothing of it runs"
         yield Problem("problem", "python", limits, rebuild_command(tested=True))
         return  # the rest follows from it
-    for judge in (_torch, _triton, _native, _operations, _gpu, _compilers, _packages, _machine, _data):
+    for judge in (_torch, _triton, _native, _operations, _gpu, _compilers, _packages, _untried, _machine, _data):
         yield from judge(found)
     for section in ("python", "gpu", "attention", "compilers", "packages", "codecs", "machine", "data"):
         if error := found[section].get("error"):
@@ -78,7 +79,7 @@ def _torch(found: dict[str, Facts]) -> Iterator[Problem]:
         return
     if torch["cuda"] or not gpu.get("seen_by_driver"):
         return
-    old = _release(gpu["driver"]) < (580,)
+    old = release(gpu["driver"]) < (580,)
     wheels = f"pip install --force-reinstall torch --index-url {WHEELS}/{'cu126' if old else 'cu130'}"
     if torch["build"] == "CPU":
         yield Problem("problem", "torch", "this PyTorch is a CPU build: the GPU here is not used", wheels)
@@ -88,7 +89,7 @@ def _torch(found: dict[str, Facts]) -> Iterator[Problem]:
     )
     if gpu.get("visible") is not None and not re.match(r"\s*(\d|GPU-|MIG-)", gpu["visible"]):
         mend = "unset CUDA_VISIBLE_DEVICES"
-    elif old and _release(torch["build"].split()[-1]) >= (13,):
+    elif old and release(torch["build"].split()[-1]) >= (13,):
         mend = wheels
     else:
         mend = "sudo modprobe nvidia_uvm"
@@ -107,11 +108,11 @@ def _triton(found: dict[str, Facts]) -> Iterator[Problem]:
         level = "problem" if on_gpu else "note"
         yield Problem(level, "triton", f"triton does not load ({error}): {stops}", mend)
         return
-    if _release(triton["version"]) < _release(PACKAGES["triton"]):
+    if release(triton["version"]) < release(PACKAGES["triton"]):
         limits = f"triton {triton['version']} is older than {PACKAGES['triton']}: kernels may not compile"
         yield Problem("problem", "triton", limits, mend)
     numpy = found["packages"].get("numpy") or "0"
-    if _release(triton["version"]) < (3, 7) and _release(numpy) >= (2, 4):
+    if interpreter_fails(triton["version"], numpy):
         limits = (
             f"the interpreter of triton {triton['version']} fails with numpy {numpy}: kernels cannot be tested on a CPU"
         )
@@ -190,13 +191,31 @@ def _packages(found: dict[str, Facts]) -> Iterator[Problem]:
         mend = f"pip install --upgrade '{name}>={oldest}'"
         if version is None and isinstance(codecs.get(name, {}), dict):  # a codec may come from elsewhere than pip
             yield Problem("problem", "packages", f"{name} is not installed: {stops}", mend)
-        elif version is not None and _release(version) < _release(oldest):
+        elif version is not None and release(version) < release(oldest):
             yield Problem("problem", "packages", f"{name} {version} is older than {oldest}: {stops}", mend)
     for name, version in codecs.items():
         missing = name in PACKAGES and packages.get(name) is None
         if isinstance(version, dict) and not missing:
             mend = f"pip install --force-reinstall '{name}>={PACKAGES[name]}'" if name in PACKAGES else _mend_xz()
             yield Problem("problem", "codecs", f"{name} does not load ({version['error']}): {WHAT_STOPS[name]}", mend)
+
+
+def _untried(found: dict[str, Facts]) -> Iterator[Problem]:
+    """Newer than what the tests ran with; what is older than it may be is a problem of its section."""
+    versions = {
+        "python": found["python"].get("version", ""),
+        **{name: found[name].get("version", "") for name in ("torch", "triton")},
+        "numpy": found["packages"].get("numpy") or "",
+    }
+    for name, version in versions.items():
+        tried = untried(name, version)
+        if tried and release(version) > release(tried):
+            newest = tried.split()[-1]
+            mend = f"python{newest} -m venv .venv" if name == "python" else f"pip install '{name}=={newest}.*'"
+            section = "packages" if name == "numpy" else name
+            yield Problem(
+                "note", section, f"{name} {version} was not tried, {tried} were; failures may be that", mend
+            )
 
 
 def _machine(found: dict[str, Facts]) -> Iterator[Problem]:
@@ -244,12 +263,6 @@ def _has_gpu(found: dict[str, Facts]) -> bool:
 
 def _cpp_compiler(found: dict[str, Facts]) -> bool:
     return any(found["compilers"].get(name) is not None for name in ("c++", "g++", "clang++"))
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(2, 13, 0) of "2.13.0+cpu"; () of what is no version."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def install_command(debian: str, fedora: str) -> str:

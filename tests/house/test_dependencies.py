@@ -15,6 +15,7 @@ else:
 
 from pgolf.runtime.checkout import REQUIRED
 from pgolf.runtime.probes import PACKAGES
+from pgolf.runtime.tried import TRIED, release
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -39,10 +40,27 @@ def test_the_table_has_every_direct_dependency_with_its_range():
 
 
 def test_the_doctor_looks_at_what_a_run_needs():
-    assert {requirement.name: str(requirement.specifier) for requirement in RUN} == {
-        name: f">={oldest}" for name, oldest in PACKAGES.items()
-    }
+    lower = {requirement.name: [s.version for s in requirement.specifier if s.operator == ">="] for requirement in RUN}
+    assert lower == {name: [oldest] for name, oldest in PACKAGES.items()}
     assert {*REQUIRED} < {*PACKAGES}
+
+
+def test_no_version_is_claimed_that_was_not_tried():
+    """docs/versions.md has a row of each end of what TRIED says, and pyproject.toml asks for no more."""
+    text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    heads = re.findall(r"^\| (Python.*?) \|$", text, re.M)[0].lower().split(" | ")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| 3\.", line)]
+    for name, ends in TRIED.items():
+        found = sorted(release(row[heads.index(name)])[:2] for row in rows)
+        assert (found[0], found[-1]) == tuple(map(release, ends)), name
+    assert (PYTHONS[0], PYTHONS[-1]) == TRIED["python"]
+    for requirement in RUN:
+        if requirement.name in TRIED:
+            oldest, newest = TRIED[requirement.name]
+            assert not requirement.specifier.contains(f"{release(oldest)[0]}.{release(oldest)[1] - 1}.9")
+            assert requirement.specifier.contains(f"{oldest}.0")
+            after = f"{release(newest)[0]}.{release(newest)[1] + 1}.0"
+            assert requirement.name == "numpy" or not requirement.specifier.contains(after)
 
 
 @pytest.mark.parametrize("python", PYTHONS)

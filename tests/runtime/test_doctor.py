@@ -15,6 +15,7 @@ import pytest
 from pgolf.cli import doctor as cli_doctor
 from pgolf.data.shards import write_shard
 from pgolf.runtime import doctor, probes
+from pgolf.runtime.tried import TRIED, untried
 
 SECTIONS = [
     "python", "torch", "triton", "native", "operations", "gpu", "attention", "compilers", "packages", "codecs",
@@ -195,6 +196,26 @@ def test_old_triton_and_its_quarrel_with_numpy(healthy):
     assert list(doctor.diagnose(healthy)) == []
     healthy["packages"]["numpy"] = "2.4.6"
     assert only(healthy).mend == "pip install 'numpy<2.4'"
+
+
+@pytest.mark.parametrize(
+    ("section", "facts", "mend"),
+    [
+        ("python", {"version": "3.99.1"}, f"python{TRIED['python'][1]} -m venv .venv"),
+        ("torch", {"version": "2.99.0+cpu"}, f"pip install 'torch=={TRIED['torch'][1]}.*'"),
+        ("triton", {"version": "3.99.0"}, f"pip install 'triton=={TRIED['triton'][1]}.*'"),
+        ("packages", {"numpy": "2.99.0"}, f"pip install 'numpy=={TRIED['numpy'][1]}.*'"),
+    ],
+)
+def test_what_was_not_tried_is_noted(healthy, section, facts, mend):
+    healthy[section] |= facts
+    problem = only(healthy)
+    assert (problem.level, problem.section, problem.mend) == ("note", section, mend)
+    name = "numpy" if section == "packages" else section
+    version = facts.get("version") or facts["numpy"]
+    oldest, newest = TRIED[name]
+    assert f"{name} {version} was not tried, {oldest} to {newest} were" in problem.limits
+    assert not any(untried(name, version) for version in (f"{oldest}.0", f"{newest}.7+cu130"))
 
 
 def test_forced_backend_that_is_missing(healthy):

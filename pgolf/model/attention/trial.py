@@ -67,7 +67,7 @@ def difference(name: str, device: torch.device, dtype: torch.dtype) -> float:
     y = attend(q, k, v, borders, longest)
     found = (y, *torch.autograd.grad(y, (q, k, v), gradient))
     exact = [x.detach().float().unsqueeze(0).requires_grad_() for x in (q, k, v)]
-    y = by_rows(plain, *exact, borders, longest)
+    y = by_rows(plain, exact[0], exact[1], exact[2], borders, longest)
     wanted = (y, *torch.autograd.grad(y, exact, gradient.float().unsqueeze(0)))
     ratios = [((a.float() - b[0]).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True)]
     return max(float("inf") if ratio != ratio else ratio for ratio in ratios)
