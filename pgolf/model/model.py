@@ -169,7 +169,7 @@ class Model(nn.Module):
         stored: list[Tensor] = []  # for skips, the last one first
         visits = self.visits[self.looping]
 
-        def skip_of(visit: Visit) -> Skip | None:
+        def skip_of(visit: Visit) -> "Skip | None":  # torch 2.9 cannot trace a union unquoted
             return None if visit.skip is None else Skip(stored.pop(), weights[visit.skip], gates[visit.skip])
 
         x, keep_sum = x0, False
@@ -206,7 +206,7 @@ class Model(nn.Module):
         """The rest of `_layers` from where the stream parts."""
         config, fused = self.config, "two_lane_rms_norm" in self.execution.fused
 
-        def before(visit: Visit) -> tuple[Skip | None, Tensor, Tensor, float, bool]:
+        def before(visit: Visit) -> "tuple[Skip | None, Tensor, Tensor, float, bool]":
             return skip_of(visit), x0, layers[visit.layer].mix, config.norm_scale(visit.layer), fused
 
         lanes, h, of_second = part_lanes(x, branch, *before(visits[0]))

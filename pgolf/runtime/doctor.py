@@ -213,9 +213,7 @@ def _untried(found: dict[str, Facts]) -> Iterator[Problem]:
             newest = tried.split()[-1]
             mend = f"python{newest} -m venv .venv" if name == "python" else f"pip install '{name}=={newest}.*'"
             section = "packages" if name == "numpy" else name
-            yield Problem(
-                "note", section, f"{name} {version} was not tried, {tried} were; failures may be that", mend
-            )
+            yield Problem("note", section, f"{name} {version} was not tried, {tried} were; failures may be that", mend)
 
 
 def _machine(found: dict[str, Facts]) -> Iterator[Problem]:
