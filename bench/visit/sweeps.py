@@ -10,6 +10,7 @@ all launches of a step. `--quick` runs a few of them in Triton's interpreter on 
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import sys
@@ -28,6 +29,7 @@ from bench.visit.candidates import Table, apart, families, joined, other_residen
 from bench.visit.sweep_calls import QUICK, RECORD, STATIC, Sizes, Timed
 from bench.visit.turns import turn
 from pgolf.errors import one_line
+from pgolf.runtime.host import cores
 from pgolf.triton_kernels.row_launches import RowLaunch
 from pgolf.triton_kernels.variants import architecture
 
@@ -271,21 +273,25 @@ def tables_of(family: str, sizes: Sizes) -> list[Table]:
 
 def static(family: str) -> None:
     """What every candidate takes on sm_90: registers, shared memory, resident blocks, and why it is of no use."""
-    with compiled_ahead.pool(PROCESSES) as pool, compiled_ahead.without_a_device():
+    with compiled_ahead.pool(min(PROCESSES, cores())) as pool, compiled_ahead.without_a_device():
+        asked: dict[str, tuple[dict[str, str], compiled_ahead.Source]] = {}
         for table in tables_of(family, STATIC):
-            for candidate in dict.fromkeys(table.candidates):
-                for timed in table.timed:
-                    with launched(table, candidate, 0):
-                        sources = compiled_ahead.sources_of(lambda timed=timed: timed.call(*timed.make()))
+            for candidate, timed in itertools.product(table.candidates, table.timed):
+                with launched(table, candidate, 0):
+                    arguments = timed.make()
+                    sources = compiled_ahead.sources_of(lambda timed=timed, given=arguments: timed.call(*given))
+                known = {"table": table.name, "launch": repr(candidate), "kernel": timed.name}
+                for source in sources:
                     # On a GPU the loss has lines of assembly.
-                    sources = [replace(source, constants=_assembly(source)) for source in sources]
-                    for found, why in pool.map(compiled_ahead.compiled, sources):
-                        takes = {} if found is None else {
-                            "registers": found.registers, "shared_bytes": found.shared_bytes,
-                            "blocks": found.blocks_per_sm, "wgmma": found.wgmma_instructions,
-                        }  # fmt: skip
-                        facts.add("static", table=table.name, launch=repr(candidate), kernel=timed.name, **takes,
-                                  **({"error": why} if why else {}))  # fmt: skip
+                    source = replace(source, constants=_assembly(source))
+                    asked.setdefault(repr(source), (known, source))
+        found = pool.map(compiled_ahead.compiled, (source for _, source in asked.values()))
+        for (known, _), (takes, why) in zip(asked.values(), found, strict=True):
+            sizes = {} if takes is None else {
+                "registers": takes.registers, "shared_bytes": takes.shared_bytes, "blocks": takes.blocks_per_sm,
+                "wgmma": takes.wgmma_instructions,
+            }  # fmt: skip
+            facts.add("static", **known, **sizes, **({"error": why} if why else {}))
 
 
 def _assembly(source: compiled_ahead.Source) -> dict[tuple, Any]:
