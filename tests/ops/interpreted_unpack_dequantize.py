@@ -12,7 +12,7 @@ from pgolf.triton_kernels.unpack_dequantize import launch
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.usefixtures("poisoned")
 def test_equal_to_the_rounded_truth(dtype, bits):
-    for shape in [*SHAPES, (0, 4), (3, 1025)]:
+    for shape in [*SHAPES, (0, 4), (1, 1), (3, 1025)]:
         for scale_dtype in (torch.float16, torch.float32):
             values, packed, scale = random_weights(shape, bits, scale_dtype)
             with ops.backend("triton"):

@@ -311,7 +311,7 @@ from pgolf.runtime import doctor
 print(doctor.as_text(doctor.collect()))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, probes.__file__.rpartition("/")[0]], capture_output=True, text=True
+        [sys.executable, "-c", code, str(Path(probes.__file__).parents[1])], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     for section in ("torch", "native", "codecs"):
