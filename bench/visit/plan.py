@@ -80,8 +80,8 @@ def plan(quick: bool, cuda: bool) -> list[Part]:
         Part("correctness rest", module("correctness", "rest", *small), turn_s=60, start=20, end=330),
         *operations(cuda),
         *(
-            Part(f"sweeps {family}", module("sweeps", family, *small), turn_s=25, start=120)
-            for family in ("glue", "loss", "mlp", "newton_schulz")
+            Part(f"sweeps {family}", module("sweeps", family, "--seconds", seconds, *small), turn_s=30, start=120)
+            for family, seconds in (("glue", "40"), ("loss", "10"), ("mlp", "20"), ("newton_schulz", "20"))
         ),
         *(steps[name] for name in ("loop fused graphs", "first fused", "first plain")),
         Part("ceilings flash4", module("ceilings", "--attention", "flash4", *small), turn_s=60, asked_for=True),
