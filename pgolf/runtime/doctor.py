@@ -111,6 +111,9 @@ def _triton(found: dict[str, Facts]) -> Iterator[Problem]:
     if release(triton["version"]) < release(PACKAGES["triton"]):
         limits = f"triton {triton['version']} is older than {PACKAGES['triton']}: kernels may not compile"
         yield Problem("problem", "triton", limits, mend)
+    elif on_gpu and release(triton["version"]) < (3, 6):
+        limits = f"triton {triton['version']}: the MLP's gradient in float16 does not fit a Hopper GPU"
+        yield Problem("note", "triton", limits, "pip install 'torch>=2.10' 'triton>=3.6'")
     numpy = found["packages"].get("numpy") or "0"
     if interpreter_fails(triton["version"], numpy):
         limits = (

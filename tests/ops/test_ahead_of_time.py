@@ -7,10 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from bench.kernels import aot
+from pgolf.runtime.tried import release
 
 VARIANTS = aot.variants()
+OF_TRITON_3_5 = (
+    "leaky_relu2_mlp gradient fp16",
+    "qk_norm_rope forward bf16 98304x(8+4)x64, 16 rotate, of 1088 columns",
+)
 
 
 def test_there_are_kernels_and_their_names_differ():
@@ -22,6 +27,10 @@ def test_there_are_kernels_and_their_names_differ():
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_no_spills_and_no_waiting_on_sm_90(variant):
     found = aot.compile_variant(variant, architecture=90)
+    if release(triton.__version__) < (3, 6) and variant.name.startswith(OF_TRITON_3_5):
+        pytest.skip(
+            "Triton 3.5: 240 KiB of shared memory for the one, 8 bytes of spills for another (docs/versions.md)"
+        )
     assert found.spill_instructions == 0
     assert found.stack_bytes == 0
     assert not found.waiting

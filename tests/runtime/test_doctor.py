@@ -262,6 +262,7 @@ def test_gpu_out_of_reach(with_gpu, torch, gpu, mend):
         ("native", {"cuda": False, "cuda_reason": "PGOLF_CUDA=off"}, "note", "PGOLF_CUDA=on pip install -e "),
         ("native", {"cuda_archs": ["80", "100a"]}, "note", "PGOLF_CUDA_ARCHS=90 pip install -e "),
         ("triton", {"error": "ImportError: broken"}, "problem", "pip install 'triton>=3.5'"),
+        ("triton", {"version": "3.5.1"}, "note", "pip install 'torch>=2.10' 'triton>=3.6'"),
         ("compilers", {"cc": None}, "problem", "install -y gcc"),
         ("python", {"headers": False}, "problem", "install -y python3-dev"),
     ],
