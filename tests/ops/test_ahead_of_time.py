@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
 from bench.kernels import aot
 from pgolf.runtime.tried import release
 
 VARIANTS = aot.variants()
-OF_TRITON_3_5 = (
-    "leaky_relu2_mlp gradient fp16",
+# With Triton 3.5 the one asks for 240 KiB of shared memory, the other spills 8 bytes (docs/versions.md).
+NOT_OF_TRITON_3_5 = (
+    "leaky_relu2_mlp gradient fp16 98304x512x2048",
     "qk_norm_rope forward bf16 98304x(8+4)x64, 16 rotate, of 1088 columns",
 )
 
@@ -27,10 +30,8 @@ def test_there_are_kernels_and_their_names_differ():
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_no_spills_and_no_waiting_on_sm_90(variant):
     found = aot.compile_variant(variant, architecture=90)
-    if release(triton.__version__) < (3, 6) and variant.name.startswith(OF_TRITON_3_5):
-        pytest.skip(
-            "Triton 3.5: 240 KiB of shared memory for the one, 8 bytes of spills for another (docs/versions.md)"
-        )
+    if release(triton.__version__) < (3, 6) and variant.name in NOT_OF_TRITON_3_5:
+        pytest.skip("not with Triton 3.5: too much shared memory, or spills")
     assert found.spill_instructions == 0
     assert found.stack_bytes == 0
     assert not found.waiting
