@@ -209,6 +209,7 @@ class Sweep:
                   times_faster=now / cost if cost else 1.0, step_ms_saved=(now - cost) if best != present else 0.0,
                   tried=self.tried, **self.quick())  # fmt: skip
         kept = "as it is" if best == present else f"{now / cost:.3f} times as fast"
+        kept += " (quick: this means nothing)" * bool(self.quick())
         print(f"{line}  # {kept}, of {self.tried} tried", flush=True)
 
 
