@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from bench.kernels.aot import Resources, read_cubin
+from bench.kernels.aot import Resources, read_cubin, waiting_wgmma
 from pgolf.errors import one_line
 
 LARGEST_SHARED_BYTES = 227 * 1024  # of a block on sm_90
@@ -79,13 +79,14 @@ def compiled(source: Source) -> tuple[Resources | None, str]:
     try:
         kernel = source.compile()
         found = read_cubin(kernel.asm["cubin"], source.options["num_warps"], kernel.metadata.shared)
+        waiting = waiting_wgmma(kernel.asm["ptx"], source.architecture)
     except Exception as error:  # whatever the compiler or the assembler says
         return None, f"{type(error).__name__}: {one_line(error, 200)}"
     if found.spill_instructions:
         return found, f"{found.spill_instructions} spills"
     if found.shared_bytes > LARGEST_SHARED_BYTES:
         return found, f"{found.shared_bytes} bytes of shared memory, {LARGEST_SHARED_BYTES} at most"
-    return found, ""
+    return found, waiting
 
 
 def warm_up(source: Source) -> str:
