@@ -51,7 +51,7 @@ def test_no_version_is_claimed_that_was_not_tried():
     heads = re.findall(r"^\| (Python.*?) \|$", text, re.M)[0].lower().split(" | ")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| 3\.", line)]
     for name, ends in TRIED.items():
-        found = sorted(release(row[heads.index(name)])[:2] for row in rows)
+        found = sorted(filter(None, (release(row[heads.index(name)])[:2] for row in rows)))  # some are not noted
         assert (found[0], found[-1]) == tuple(map(release, ends)), name
     assert (PYTHONS[0], PYTHONS[-1]) == TRIED["python"]
     for requirement in RUN:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pgolf.cli import doctor as cli_doctor
 from pgolf.data.shards import write_shard
 from pgolf.runtime import doctor, probes
-from pgolf.runtime.tried import TRIED, untried
+from pgolf.runtime.tried import TRIED, release, untried
 
 SECTIONS = [
     "python", "torch", "triton", "native", "operations", "gpu", "attention", "compilers", "packages", "codecs",
@@ -108,7 +109,7 @@ def test_every_section_is_looked_at_here(this_machine):
     assert this_machine["packages"]["numpy"] == np.__version__
     assert this_machine["machine"]["cores"] >= 1
     assert this_machine["machine"]["disk_free_bytes"] > 0
-    assert this_machine["attention"]["torch.nn.attention.varlen"]
+    assert this_machine["attention"]["torch.nn.attention.varlen"] == (release(torch.__version__) >= (2, 10))
 
 
 def test_json_and_text_say_the_same(monkeypatch, this_machine, capsys):
