@@ -2,8 +2,8 @@
 
 import re
 
-# Oldest and newest of which docs/versions.md has a row, with what was run of the tests. pyproject.toml asks for no older
-# ones, and for no newer torch and triton; `pgolf doctor` has a note for what is outside.
+# Oldest and newest of which docs/versions.md has a row, with what was run of the tests. pyproject.toml asks for no
+# older ones, and for no newer torch and triton; `pgolf doctor` has a note for what is outside.
 TRIED = {"python": ("3.10", "3.13"), "torch": ("2.9", "2.15"), "triton": ("3.5", "3.9"), "numpy": ("1.26", "2.5")}
 
 
