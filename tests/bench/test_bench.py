@@ -1,11 +1,8 @@
-"""The benchmarks' machinery: results to pages, the static report, gpu.sh. Speed itself is not tested."""
+"""The benchmarks' machinery: results to pages, the static report. Speed itself is not tested."""
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from bench.harness import results
 from bench.kernels import static_report
 
 ROOT = Path(__file__).parents[2]
-GPU_SH = ROOT / "bench" / "gpu.sh"
 
 
 def made_up(operation="pack_bits", case="6 bits", median_ms=1.5, **changes):
@@ -157,22 +153,13 @@ def test_the_pages_of_this_checkout_are_up_to_date():
     assert results.read_results(ROOT / "bench" / "results"), "no result is committed"
 
 
-def test_a_session_keeps_what_its_parts_left(project, tmp_path, capsys):
-    parts = tmp_path / "parts.tsv"
-    parts.write_text("build\t0\t20\nbenchmarks\t124\t240\nrun\t1\t3\nstatic_report\tskipped\t0\n")
+def test_a_run_s_summary_stands_beside_the_rows(project, tmp_path):
     summary = tmp_path / "summary.json"
     summary.write_text('{"val_bpb_quantized": 2.0}')
-    command = ["collect", "--parts", str(parts), "--run", str(summary), "--static", str(tmp_path / "absent.json")]
-    assert results.main([*command, "--folder", str(tmp_path / "out"), str(project / "new.json")]) == 0
+    source, out = str(project / "new.json"), str(tmp_path / "out")
+    assert results.main(["collect", source, "--run", str(summary), "--folder", out]) == 0
     kept = json.loads((tmp_path / "out" / "amd-epyc-2-cores.json").read_text())
-    assert [part["state"] for part in kept["parts"]] == ["ok", "timed out", "failed", "skipped"]
     assert kept["run"] == {"val_bpb_quantized": 2.0}
-    assert "static_report" not in kept
-
-    assert results.main([*command, "--folder", str(tmp_path / "bare"), str(tmp_path / "absent.json")]) == 0
-    (bare,) = (tmp_path / "bare").iterdir()
-    assert json.loads(bare.read_text())["rows"] == []
-    assert "keeping the rest" in capsys.readouterr().err
 
 
 def test_a_row_is_priced_by_what_it_cannot_avoid():
@@ -267,43 +254,6 @@ def test_the_report_says_what_it_cannot_read(monkeypatch, capsys, tmp_path):
     assert "TRITON_INTERPRET" in report["triton"]["missing"]
     assert "nvcc" in report["cuda"]["missing"]
     assert report["triton"]["kernels"] == report["cuda"]["kernels"] == []
-
-
-# gpu.sh
-
-
-def test_gpu_sh_is_a_script_and_asks_for_its_folder():
-    subprocess.run(["bash", "-n", str(GPU_SH)], check=True, timeout=10)
-    assert os.access(GPU_SH, os.X_OK)
-    done = subprocess.run(["bash", str(GPU_SH)], capture_output=True, text=True, timeout=10)
-    assert done.returncode == 2
-    assert "usage: bench/gpu.sh OUT_DIR" in done.stderr
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", str(GPU_SH)], check=True, timeout=30)
-
-
-def test_gpu_sh_keeps_going_when_every_part_fails(tmp_path):
-    """An interpreter that can do nothing but collect: each part fails, and the file of results tells so."""
-    stub = tmp_path / "python"
-    stub.write_text(
-        f'#!/bin/sh\ncase "$2" in bench.harness.results) exec {sys.executable} "$@";; esac\n'
-        'case "$1" in -) exit 0;; esac\necho no\nexit 3\n'
-    )
-    stub.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(GPU_SH), str(tmp_path / "out")],
-        env={**os.environ, "PYTHON": str(stub)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1, done.stderr
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert len(files) <= 8
-    (name,) = (name for name in files if name.endswith(".json"))
-    kept = json.loads((tmp_path / "out" / name).read_text())
-    names = ["build", "doctor", "tests", "benchmarks", "data", "run", "static_report"]
-    assert [(part["part"], part["state"]) for part in kept["parts"]] == [(name, "failed") for name in names]
 
 
 def test_every_program_of_the_folder_can_be_imported():
